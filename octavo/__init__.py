@@ -1,0 +1,43 @@
+"""Octavo: FP8 editions of large language models.
+
+The Python API, one verb each. Attributes load on first use, so that ``import octavo`` and
+``octavo --help`` do not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from octavo.errors import OctavoError
+from octavo.version import __version__
+
+if TYPE_CHECKING:
+    from octavo.calibration import Calibration
+    from octavo.pipeline import QuantizeResult, quantize
+    from octavo.sample import sample_model
+    from octavo.scheme import Scheme
+
+_HOMES = {
+    "Calibration": "octavo.calibration",
+    "QuantizeResult": "octavo.pipeline",
+    "Scheme": "octavo.scheme",
+    "quantize": "octavo.pipeline",
+    "sample_model": "octavo.sample",
+}
+
+__all__ = [
+    "Calibration",
+    "OctavoError",
+    "QuantizeResult",
+    "Scheme",
+    "__version__",
+    "quantize",
+    "sample_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

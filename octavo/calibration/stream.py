@@ -1,0 +1,65 @@
+"""Hidden states on their way through the decoder, one layer at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.calibration.observers import AmaxObserver
+from octavo.decoder import Decoder
+from octavo.errors import OctavoError
+
+# Tokens computed at a time: enough to keep matrix products efficient, few enough that the
+# activations of a batch stay small.
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+
+
+class CalibrationStream:
+    """The calibration samples' hidden states in front of the next decoder layer.
+
+    They belong to the unquantized model: every layer computes with its original weights.
+    """
+
+    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
+        """
+        Args:
+            decoder: whose layers will be run.
+            tokens: int64 ``[samples, seq_len]``.
+        """
+        self._decoder = decoder
+        self._batch = max(1, _BATCH_TOKENS[decoder.device.type] // tokens.shape[1])
+        self._hidden, self._kwargs = decoder.embed(tokens, self._batch)
+
+    @torch.inference_mode()
+    def run(self, index: int, watched: set[str]) -> dict[str, Tensor]:
+        """Move the hidden states through decoder layer ``index``, which must be loaded.
+
+        Args:
+            index: the layer; layers are run in order.
+            watched: linear layers whose inputs are measured.
+
+        Returns:
+            Amax as float32 scalars: for each watched linear under its name, and for each attention
+            block as ``<block>.k`` and ``<block>.v``.
+
+        Raises:
+            OctavoError: an activation is NaN or infinite.
+        """
+        layer, kwargs = self._decoder.layers[index], self._kwargs[index]
+        with AmaxObserver() as observer:
+            for name, linear in self._decoder.linears(index).items():
+                if name in watched:
+                    observer.watch_input(name, linear)
+            for name, block in self._decoder.attention_blocks(index):
+                observer.watch_key_value(f"{name}.k", f"{name}.v", block.kv_probe)
+            for hidden in torch.split(self._hidden, self._batch):
+                hidden.copy_(layer(hidden, **kwargs))
+        maxima = observer.result()
+        for name, value in maxima.items():
+            if not value.isfinite():
+                raise OctavoError(
+                    f"The calibration activations at {name} reach {value.item()}: the model overflows "
+                    f"in {self._decoder.dtype} on this text. Check the checkpoint with another tool, "
+                    "or convert it to bfloat16."
+                )
+        return maxima

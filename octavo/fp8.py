@@ -1,0 +1,87 @@
+"""FP8 E4M3 numerics: pure functions on tensors.
+
+The format is E4M3 as in "FP8 Formats for Deep Learning" (Micikevicius et al., 2022,
+arXiv:2209.05433), PyTorch's ``float8_e4m3fn``: 4 exponent bits, 3 mantissa bits, largest finite
+value 448, one NaN pattern per sign, no infinities.
+
+A quantized tensor is a pair of codes and scale with ``value ≈ code · scale``. Quantizing divides
+by the scale once, in float32, clamps to ±448 and rounds to nearest even. The reference tools
+divide in BF16, which rounds twice.
+
+Whole tensors are never converted to float32: the arithmetic runs through a small float32 buffer
+that stays in cache. A chain of full-size temporaries is some forty times slower, nearly all of it
+page faults.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+
+# Elements of the float32 work buffer: 4 MB, small enough for a core's cache, large enough that
+# the cost of a call does not count.
+_CHUNK = 1 << 20
+
+
+def amax(tensor: Tensor) -> Tensor:
+    """Largest absolute value of ``tensor``.
+
+    Args:
+        tensor: any shape, at least one element, any floating dtype.
+
+    Returns:
+        A float32 scalar, exact. NaN if any element is NaN, +inf if any is infinite.
+    """
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(-low, high).float()
+
+
+def scale_from_amax(amax: Tensor) -> Tensor:
+    """The scale that maps ``amax`` onto the largest E4M3 value: ``amax / 448``.
+
+    Args:
+        amax: float32, any shape, finite and not negative.
+
+    Returns:
+        float32, same shape, always positive: 1 where ``amax`` is 0 (nothing to represent), and at
+        least the smallest normal float32, so that dividing by it cannot overflow to NaN.
+    """
+    scale = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(amax == 0, torch.ones_like(scale), scale)
+
+
+def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
+    """E4M3 codes of ``tensor``, rounded to nearest even, saturating at ±448.
+
+    Args:
+        tensor: any shape, finite, any floating dtype.
+        scale: float32 scalar, positive.
+
+    Returns:
+        ``float8_e4m3fn``, the shape of ``tensor``.
+    """
+    codes = torch.empty(tensor.shape, dtype=E4M3, device=tensor.device)
+    source, target = tensor.reshape(-1), codes.view(-1)
+    buffer = torch.empty(min(_CHUNK, source.numel()), dtype=torch.float32, device=tensor.device)
+    for start in range(0, source.numel(), _CHUNK):
+        piece = source[start : start + _CHUNK]
+        work = buffer[: piece.numel()].copy_(piece)
+        work.div_(scale).clamp_(-E4M3_MAX, E4M3_MAX)
+        target[start : start + _CHUNK].copy_(work)
+    return codes
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """The float32 values that ``codes`` and ``scale`` stand for.
+
+    Args:
+        codes: ``float8_e4m3fn``, any shape.
+        scale: float32, broadcastable to ``codes``.
+
+    Returns:
+        float32, the shape of ``codes``.
+    """
+    return codes.to(torch.float32).mul_(scale)

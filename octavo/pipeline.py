@@ -1,0 +1,427 @@
+"""The main job: a checkpoint in, its FP8 edition out, one decoder layer at a time.
+
+A layer is read, run over the calibration tokens, folded into FP8, written and forgotten. One
+thread does all reading and writing: it fetches the next layer and stores the last one while the
+current one computes, and since it works in order, two layer buffers are enough.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+
+from octavo import canonical
+from octavo.calibration import Calibration, CalibrationStream, load_tokens
+from octavo.canonical import LayerPlan
+from octavo.checkpoint import Checkpoint, CheckpointWriter
+from octavo.checkpoint.hub import resolve_model
+from octavo.decoder import Decoder
+from octavo.errors import OctavoError
+from octavo.formats import Dialect, get_format
+from octavo.scheme import Scheme
+from octavo.stopwatch import Stopwatch
+from octavo.version import __version__
+
+# Small files that belong to a checkpoint, whatever the format of its weights.
+CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+
+_COPY_BYTES = 16 << 20
+
+
+class Progress(NamedTuple):
+    """How far a run is: ``done`` of ``total`` decoder layers, over ``tokens`` tokens each."""
+
+    done: int
+    total: int
+    tokens: int
+
+
+class QuantizeResult(NamedTuple):
+    """What a run did. Sizes in bytes, times in seconds.
+
+    Attributes:
+        output: the edition's directory.
+        format: its dialect.
+        layers: decoder layers.
+        linears: linear layers quantized.
+        tensors: tensors written.
+        tokens: calibration tokens, 0 without calibration.
+        bytes_before: tensors of the input.
+        bytes_after: tensors of the edition.
+        peak_memory: peak resident memory of the process, in bytes.
+        seconds: wall-clock time by stage, in order, and ``total``.
+        warnings: what the user should know, a sentence each.
+    """
+
+    output: str
+    format: str
+    layers: int
+    linears: int
+    tensors: int
+    tokens: int
+    bytes_before: int
+    bytes_after: int
+    peak_memory: int
+    seconds: dict[str, float]
+    warnings: list[str]
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    scheme: Scheme | None = None,
+    calibration: Calibration | None = None,
+    format: str = "modelopt",
+    device: str = "auto",
+    shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> QuantizeResult:
+    """Write the FP8 edition of a BF16, FP16 or FP32 checkpoint.
+
+    Args:
+        model: a Hugging Face checkpoint directory, or a hub id.
+        output: the directory to create; it appears only when complete.
+        scheme: what is quantized and how; static inputs and an FP8 KV cache by default.
+        calibration: the text the activations' scales are taken on; the built-in text by default.
+            Not used where ``scheme`` needs none.
+        format: the dialect to write, a name of :data:`octavo.formats.FORMATS`.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` (CUDA where there is one).
+        shard_size: bytes of tensors in one file, at most.
+        overwrite: replace ``output`` if it exists.
+        on_progress: called after each decoder layer.
+
+    Returns:
+        Sizes, counts, times.
+
+    Raises:
+        OctavoError: the input, an option or the disk does not allow it; nothing is left behind.
+    """
+    clock = Stopwatch()
+    scheme, calibration = scheme or Scheme(), calibration or Calibration()
+    with clock("open"):
+        dialect = get_format(format)
+        source, target = resolve_model(model), Path(output)
+        _check_target(source, target)
+        checkpoint = Checkpoint(source)
+        _refuse_quantized(checkpoint)
+        decoder = Decoder(checkpoint, _device(device))
+        plans = [_plan_layer(decoder, index, scheme) for index in range(len(decoder.layers))]
+        if not any(plan.linears for plan in plans):
+            raise OctavoError(
+                f"--exclude {' '.join(scheme.exclude)} leaves no linear layer to quantize. "
+                "Narrow the patterns."
+            )
+    with clock("tokenize"):
+        tokens = _load_tokens(scheme, calibration, decoder)
+    with clock("reserve"):
+        layout = _layout(checkpoint, plans, dialect, scheme)
+        writer = CheckpointWriter(target, layout, shard_size=shard_size, overwrite=overwrite)
+    try:
+        with writer:
+            with clock("embed"):
+                stream = None if tokens is None else CalibrationStream(decoder, tokens)
+            maxima = _run_layers(
+                decoder, plans, stream, scheme, dialect, writer, clock, on_progress,
+                tokens=0 if tokens is None else tokens.numel(),
+            )  # fmt: skip
+            with clock("finish"):
+                _write_rest(checkpoint, plans, writer)
+                _write_files(checkpoint, plans, dialect, scheme, writer)
+                writer.write_json(
+                    "octavo.json", _record(decoder, scheme, calibration, format, tokens, maxima)
+                )
+                writer.commit()
+    finally:
+        checkpoint.close()
+    return QuantizeResult(
+        output=str(target),
+        format=format,
+        layers=len(plans),
+        linears=sum(len(plan.linears) for plan in plans),
+        tensors=len(layout),
+        tokens=0 if tokens is None else tokens.numel(),
+        bytes_before=checkpoint.nbytes,
+        bytes_after=sum(tensor.nbytes for tensor in layout.values()),
+        peak_memory=_peak_memory(),
+        seconds=clock.seconds(),
+        warnings=_warnings(plans, calibration, tokens),
+    )
+
+
+def _run_layers(
+    decoder: Decoder,
+    plans: list[LayerPlan],
+    stream: CalibrationStream | None,
+    scheme: Scheme,
+    dialect: Dialect,
+    writer: CheckpointWriter,
+    clock: Stopwatch,
+    on_progress: Callable[[Progress], None],
+    tokens: int,
+) -> dict[str, float]:
+    """Calibrate, quantize and write every layer; returns all maxima by name."""
+    maxima: dict[str, float] = {}
+    with ThreadPoolExecutor(1, thread_name_prefix="octavo-io") as io:
+        written: Future[None] | None = None
+        for index, tensors in _read_ahead(decoder.checkpoint, plans, io, clock):
+            plan = plans[index]
+            tensors = {name: tensor.to(decoder.device) for name, tensor in tensors.items()}
+            activations: dict[str, Tensor] = {}
+            if stream is not None:
+                with clock("calibrate"):
+                    decoder.load(index, tensors)
+                    activations = stream.run(index, set(plan.linears))
+                    decoder.unload(index)
+            with clock("quantize"):
+                layer, weights = canonical.quantize_layer(plan, tensors, activations, scheme)
+            with clock("wait for disk"):
+                if written is not None:
+                    written.result()
+            written = io.submit(_write_all, writer, dialect.encode(layer, scheme))
+            maxima |= {name: value.item() for name, value in (activations | weights).items()}
+            on_progress(Progress(index + 1, len(plans), tokens))
+        with clock("wait for disk"):
+            if written is not None:
+                written.result()
+    return maxima
+
+
+def _read_ahead(
+    checkpoint: Checkpoint, plans: list[LayerPlan], io: ThreadPoolExecutor, clock: Stopwatch
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Each layer's tensors, the next layer's being read meanwhile.
+
+    Two buffers take turns. A layer's tensors lie in one of them and stay valid until the layer
+    after the next is read, which ``io`` does after everything submitted before.
+    """
+
+    def size(plan: LayerPlan) -> int:
+        return sum(checkpoint[name].nbytes for name in plan.tensors)
+
+    def read(index: int) -> dict[str, Tensor]:
+        rest, tensors = buffers[index % 2], {}
+        # Wide dtypes first keeps every tensor aligned.
+        for name in sorted(plans[index].tensors, key=lambda name: -checkpoint[name].dtype.itemsize):
+            nbytes = checkpoint[name].nbytes
+            tensors[name] = checkpoint.read(name, rest[:nbytes])
+            rest = rest[nbytes:]
+        return tensors
+
+    largest = max(size(plan) for plan in plans)
+    buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(2, len(plans)))]
+    upcoming = io.submit(read, 0)
+    for index in range(len(plans)):
+        with clock("wait for disk"):
+            tensors = upcoming.result()
+        if index + 1 < len(plans):
+            upcoming = io.submit(read, index + 1)
+        yield index, tensors
+
+
+def _write_all(writer: CheckpointWriter, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+
+
+def _write_rest(checkpoint: Checkpoint, plans: list[LayerPlan], writer: CheckpointWriter) -> None:
+    """Carry over the tensors outside the decoder layers, in pieces."""
+    buffer = torch.empty(_COPY_BYTES, dtype=torch.uint8)
+    for name in _outside(checkpoint, plans):
+        entry = checkpoint[name]
+        for start in range(0, entry.nbytes, _COPY_BYTES):
+            piece = buffer[: min(_COPY_BYTES, entry.nbytes - start)]
+            checkpoint.read_bytes(name, start, piece)
+            if entry.dtype.is_floating_point:
+                canonical.finite_amax(name, piece.view(entry.dtype))
+            writer.write_bytes(name, start, piece)
+        writer.finish(name)
+
+
+def _write_files(
+    checkpoint: Checkpoint,
+    plans: list[LayerPlan],
+    dialect: Dialect,
+    scheme: Scheme,
+    writer: CheckpointWriter,
+) -> None:
+    for file in CARRIED_FILES:
+        if (checkpoint.directory / file).is_file():
+            writer.copy(checkpoint.directory / file)
+    for file, content in dialect.configs(checkpoint.config, scheme, _unquantized(plans)).items():
+        writer.write_json(file, content)
+
+
+def _layout(
+    checkpoint: Checkpoint, plans: list[LayerPlan], dialect: Dialect, scheme: Scheme
+) -> dict[str, Tensor]:
+    """Every tensor of the edition as a meta tensor: embedding, decoder layers, the rest."""
+    source = {
+        name: torch.empty(checkpoint[name].shape, dtype=checkpoint[name].dtype, device="meta")
+        for name in checkpoint
+    }
+    outside = {name: source[name] for name in _outside(checkpoint, plans)}
+    first = {name: tensor for name, tensor in outside.items() if "embed" in name}
+    layout = dict(first)
+    for plan in plans:
+        layout |= dialect.encode(canonical.layout_layer(plan, source, scheme), scheme)
+    return layout | outside
+
+
+def _plan_layer(decoder: Decoder, index: int, scheme: Scheme) -> LayerPlan:
+    return LayerPlan(
+        tensors=tuple(decoder.tensor_names(index)),
+        linears=tuple(name for name in decoder.linears(index) if not scheme.excludes(name)),
+        attention=tuple(name for name, _ in decoder.attention_blocks(index)),
+    )
+
+
+def _outside(checkpoint: Checkpoint, plans: list[LayerPlan]) -> list[str]:
+    """Names of tensors that belong to no decoder layer."""
+    inside = {name for plan in plans for name in plan.tensors}
+    return [name for name in checkpoint if name not in inside]
+
+
+def _unquantized(plans: list[LayerPlan]) -> list[str]:
+    """Linear layers of decoder layers that keep their dtype."""
+    return [
+        name.removesuffix(".weight")
+        for plan in plans
+        for name in plan.tensors
+        if name.endswith("_proj.weight") and name.removesuffix(".weight") not in plan.linears
+    ]
+
+
+def _load_tokens(scheme: Scheme, calibration: Calibration, decoder: Decoder) -> Tensor | None:
+    if not scheme.needs_calibration:
+        return None
+    return load_tokens(
+        calibration,
+        decoder.checkpoint.directory,
+        vocab_size=decoder.config.vocab_size,
+        max_positions=decoder.config.max_position_embeddings,
+    )
+
+
+def _record(
+    decoder: Decoder,
+    scheme: Scheme,
+    calibration: Calibration,
+    format: str,
+    tokens: Tensor | None,
+    maxima: dict[str, float],
+) -> dict[str, Any]:
+    """The edition's own account of how it was made; engines ignore it. Holds nothing of the
+    moment or the machine, so that equal runs give equal bytes."""
+    return {
+        "octavo": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "base_model": decoder.checkpoint.directory.resolve().name,
+        "format": format,
+        "scheme": scheme.model_dump(mode="json"),
+        "calibration": None
+        if tokens is None
+        else {
+            **calibration.model_dump(mode="json"),
+            "source": Path(calibration.source).name,
+            "samples": tokens.shape[0],
+            "seq_len": tokens.shape[1],
+        },
+        "amax": maxima,
+    }
+
+
+def _warnings(plans: list[LayerPlan], calibration: Calibration, tokens: Tensor | None) -> list[str]:
+    found = []
+    if tokens is not None and calibration.samples and len(tokens) < calibration.samples:
+        found.append(
+            f"The calibration text {calibration.source} gave {len(tokens)} samples of "
+            f"{tokens.shape[1]} tokens, {calibration.samples} were asked for."
+        )
+    for plan in plans:
+        linears = [f"{name}.weight" for name in plan.linears]
+        fused = canonical.fused_groups(
+            name for name in plan.tensors if name.endswith("_proj.weight")
+        )
+        for group in fused:
+            kept = [name for name in group if name not in linears]
+            if kept and len(kept) < len(group):
+                found.append(
+                    f"{kept[0].removesuffix('.weight')} is excluded but not all of its group: engines that "
+                    "fuse q/k/v or gate/up refuse a group of mixed precision."
+                )
+    return found
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    directory = checkpoint.directory
+    for key in ("quantization_config", "compression_config"):
+        if key in checkpoint.config:
+            method = checkpoint.config[key]
+            kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+            raise OctavoError(
+                f"{directory / 'config.json'} has a {key} ({kind}): the checkpoint is already quantized. "
+                "Start from the original BF16, FP16 or FP32 checkpoint."
+            )
+    if (directory / "hf_quant_config.json").exists():
+        raise OctavoError(
+            f"{directory} has an hf_quant_config.json: the checkpoint is already quantized. "
+            "Start from the original BF16, FP16 or FP32 checkpoint."
+        )
+
+
+def _check_target(source: Path, target: Path) -> None:
+    inner, outer = target.resolve(), source.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise OctavoError(
+            f"The output {target} and the input {source} lie inside one another. "
+            "Choose an output directory outside the input."
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise OctavoError(f"Unknown device {name!r}. Expected auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OctavoError(
+            f"Device {name} was asked for, this machine has {torch.cuda.device_count()} CUDA devices "
+            "that PyTorch can use. Choose --device cpu."
+        )
+    return device
+
+
+def _peak_memory() -> int:
+    """Peak resident memory of this process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

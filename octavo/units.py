@@ -1,0 +1,44 @@
+"""Sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from octavo.errors import OctavoError
+
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in ``5GB``, ``1.5 GiB`` or ``4096``.
+
+    Raises:
+        OctavoError: not a size, or less than one byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    factor = _UNITS.get(match[2].upper()) if match else None
+    if match is None or factor is None or int(float(match[1]) * factor) < 1:
+        raise OctavoError(
+            f"{text!r} is not a size. Expected a number and a unit, such as 5GB or 500MiB."
+        )
+    return int(float(match[1]) * factor)
+
+
+def format_bytes(count: float) -> str:
+    """``269.0 MB``: a count of bytes in decimal units."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
