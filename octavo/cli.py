@@ -11,11 +11,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
-import click
 import typer
 from rich.table import Table
 
-from octavo.allocator import keep_freed_memory
+from octavo.allocator import keep_freed_memory, quick_imports
 from octavo.console import LayerProgress, results_table, size_change, stderr, stdout
 from octavo.errors import OctavoError
 from octavo.formats import FORMATS
@@ -77,7 +76,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
     format: Annotated[
-        str, typer.Option(click_type=click.Choice(list(FORMATS)), help="Dialect to write.")
+        str, typer.Option(help=f"Dialect to write: {', '.join(FORMATS)}.")
     ] = "modelopt",
     kv_cache: Annotated[
         KvCache | None,
@@ -119,10 +118,10 @@ def quantize(
 ) -> None:
     """Write the FP8 edition of a checkpoint."""
     with LayerProgress(quiet=quiet) as progress:
-        from octavo.calibration import Calibration
-        from octavo.pipeline import quantize as run
-        from octavo.scheme import Scheme
-
+        with quick_imports():
+            from octavo.calibration import Calibration
+            from octavo.pipeline import quantize as run
+            from octavo.scheme import Scheme
         calibrated = calib != "none"
         if kv_cache is KvCache.fp8 and not calibrated:
             raise OctavoError(

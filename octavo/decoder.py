@@ -169,11 +169,16 @@ class Decoder:
         rows = self.checkpoint.read_rows(self._embedding_name, used.tolist())
         self._base.embed_tokens.weight = nn.Parameter(rows.to(self.device), requires_grad=False)
         compact = compact.to(self.device)
-        parts = [self._record(part) for part in compact.split(batch)]
+        size = (*tokens.shape, self.config.hidden_size)
+        hidden = torch.empty(size, dtype=self.dtype, device=self.device)
+        for part, ids in zip(torch.split(hidden, batch), torch.split(compact, batch), strict=True):
+            part.copy_(self._record(ids))
         self._record(compact[:1])
         kwargs = [recorder.kwargs for recorder in self._recorders]
+        for recorder in self._recorders:
+            recorder.hidden = None
         self._base.embed_tokens.to("meta")
-        return torch.cat(parts), kwargs
+        return hidden, kwargs
 
     def _record(self, tokens: Tensor) -> Tensor:
         self._base(input_ids=tokens, use_cache=False)

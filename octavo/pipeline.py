@@ -48,7 +48,7 @@ CARRIED_FILES = (
     "USE_POLICY.md",
 )
 
-_COPY_BYTES = 16 << 20
+_COPY_BYTES = 4 << 20
 
 
 class Progress(NamedTuple):

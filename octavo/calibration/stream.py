@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from octavo.calibration.fused import fused_kernels
 from octavo.calibration.observers import AmaxObserver
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
 
 # Tokens computed at a time: enough to keep matrix products efficient, few enough that the
 # activations of a batch stay small.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}
 
 
 class CalibrationStream:
@@ -29,8 +33,16 @@ class CalibrationStream:
         self._decoder = decoder
         self._batch = max(1, _BATCH_TOKENS[decoder.device.type] // tokens.shape[1])
         self._hidden, self._kwargs = decoder.embed(tokens, self._batch)
+        # On a CPU each core works on a batch of its own: no operation waits for another thread,
+        # those that PyTorch does not parallelize run in parallel too, and a core that is busy
+        # elsewhere delays one batch instead of every operation.
+        threads = torch.get_num_threads()
+        batches = -(-len(tokens) // self._batch)
+        workers = min(threads, batches) if decoder.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(
+            workers, "octavo-layer", lambda: torch.set_num_threads(threads // workers)
+        )
 
-    @torch.inference_mode()
     def run(self, index: int, watched: set[str]) -> dict[str, Tensor]:
         """Move the hidden states through decoder layer ``index``, which must be loaded.
 
@@ -45,15 +57,14 @@ class CalibrationStream:
         Raises:
             OctavoError: an activation is NaN or infinite.
         """
-        layer, kwargs = self._decoder.layers[index], self._kwargs[index]
-        with AmaxObserver() as observer:
+        layer = self._decoder.layers[index]
+        with AmaxObserver() as observer, fused_kernels(layer):
             for name, linear in self._decoder.linears(index).items():
                 if name in watched:
                     observer.watch_input(name, linear)
             for name, block in self._decoder.attention_blocks(index):
                 observer.watch_key_value(f"{name}.k", f"{name}.v", block.kv_probe)
-            for hidden in torch.split(self._hidden, self._batch):
-                hidden.copy_(layer(hidden, **kwargs))
+            self._forward(layer, self._kwargs[index])
         maxima = observer.result()
         for name, value in maxima.items():
             if not value.isfinite():
@@ -63,3 +74,12 @@ class CalibrationStream:
                     "or convert it to bfloat16."
                 )
         return maxima
+
+    def _forward(self, layer: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Replace the hidden states by the layer's output, batch by batch."""
+
+        @torch.inference_mode()
+        def step(hidden: Tensor) -> None:
+            hidden.copy_(layer(hidden, **kwargs))
+
+        list(self._pool.map(step, torch.split(self._hidden, self._batch)))

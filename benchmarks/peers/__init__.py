@@ -1,0 +1,1 @@
+"""Programs that run a peer in its own environment."""

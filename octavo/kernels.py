@@ -1,0 +1,192 @@
+"""BF16 elementwise blocks of a decoder layer as single passes over memory, for CPUs.
+
+PyTorch runs RMSNorm, rotary embedding and SiLU·mul as chains of whole-tensor operations, most of
+them through float32 temporaries: on a CPU they take as long as the matrix products. Each kernel
+here reads its input once and writes its output once, rounds to BF16 wherever the chain in
+``transformers`` does, and takes the maximum of what it writes on the way, which is the statistic
+calibration wants.
+
+A kernel runs on the calling thread without the interpreter lock; callers run several threads on
+different batches. Numba compiles on first use and caches the machine code on disk.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+_JIT: dict[str, Any] = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    # Sums may be reordered and products fused, as any vectorized kernel does; NaN and infinity
+    # keep their meaning.
+    "fastmath": {"reassoc", "contract"},
+}
+
+
+def _bits_codegen(_: Any, value: Any) -> Any:
+    """The bits of a float32 as uint32."""
+    signature = types.uint32(types.float32)
+    return signature, lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+def _float_codegen(_: Any, value: Any) -> Any:
+    """The float32 whose bits a uint32 holds."""
+    signature = types.float32(types.uint32)
+    return signature, lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
+
+
+_bits: Any = intrinsic(_bits_codegen)
+_float: Any = intrinsic(_float_codegen)
+
+
+@njit(inline="always")
+def _widen(bits: Any) -> Any:
+    """BF16 bits to float32."""
+    return _float(np.uint32(bits) << np.uint32(16))
+
+
+@njit(inline="always")
+def _round(value: Any) -> Any:
+    """Float32 to BF16 bits, to nearest even. NaN stays NaN: its quiet bit is in the upper half."""
+    bits = _bits(value)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@njit(inline="always")
+def _exp(x: Any) -> Any:
+    """e^x in float32 within 2 units in the last place, for a loop the compiler can vectorize.
+
+    Range reduction to [-ln 2 / 2, ln 2 / 2] and the Taylor polynomial of degree 7.
+    """
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1 / 5040)
+    p = p * r + np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * r + np.float32(1.0)
+    p = p * r + np.float32(1.0)
+    return p * _float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+
+
+@njit(**_JIT)
+def _rms_norm(x: Any, weight: Any, out: Any, eps: Any) -> Any:
+    rows, width = x.shape
+    largest = np.uint16(0)
+    for row in range(rows):
+        total = np.float32(0)
+        for i in range(width):
+            value = _widen(x[row, i])
+            total += value * value
+        inverse = np.float32(1) / np.float32(math.sqrt(total / np.float32(width) + eps))
+        for i in range(width):
+            normal = _widen(_round(_widen(x[row, i]) * inverse))
+            result = _round(normal * _widen(weight[i]))
+            out[row, i] = result
+            largest = max(largest, np.uint16(result & np.uint16(0x7FFF)))
+    return largest
+
+
+@njit(**_JIT)
+def _silu_mul(gate: Any, up: Any) -> Any:
+    largest = np.uint16(0)
+    for i in range(gate.shape[0]):
+        value = _widen(gate[i])
+        activated = _widen(_round(value / (np.float32(1) + _exp(-value))))
+        result = _round(activated * _widen(up[i]))
+        gate[i] = result
+        largest = max(largest, np.uint16(result & np.uint16(0x7FFF)))
+    return largest
+
+
+@njit(**_JIT)
+def _rotary(x: Any, cos: Any, sin: Any) -> Any:
+    batch, tokens, heads, width = x.shape
+    half = width // 2
+    largest = np.uint16(0)
+    for sample in range(batch):
+        for token in range(tokens):
+            for head in range(heads):
+                for i in range(half):
+                    low = _widen(x[sample, token, head, i])
+                    high = _widen(x[sample, token, head, i + half])
+                    a = _widen(_round(low * _widen(cos[token, i])))
+                    b = _widen(_round(-high * _widen(sin[token, i])))
+                    c = _widen(_round(high * _widen(cos[token, i + half])))
+                    d = _widen(_round(low * _widen(sin[token, i + half])))
+                    first, second = _round(a + b), _round(c + d)
+                    x[sample, token, head, i] = first
+                    x[sample, token, head, i + half] = second
+                    largest = max(largest, np.uint16(first & np.uint16(0x7FFF)))
+                    largest = max(largest, np.uint16(second & np.uint16(0x7FFF)))
+    return largest
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root mean square norm (Zhang and Sennrich, 2019) as the Llama family rounds it.
+
+    Args:
+        x: bfloat16 ``[..., width]``, contiguous, on the CPU.
+        weight: bfloat16 ``[width]``.
+        eps: added to the mean square.
+
+    Returns:
+        bfloat16 of the shape of ``x``, and its amax as a float32 scalar.
+    """
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    largest = _rms_norm(
+        _raw(x).reshape(-1, width), _raw(weight), _raw(out).reshape(-1, width), np.float32(eps)
+    )
+    return out, _amax(largest)
+
+
+def silu_mul_(gate: Tensor, up: Tensor) -> Tensor:
+    """Replace ``gate`` by ``silu(gate) · up``.
+
+    Args:
+        gate: bfloat16, any shape, contiguous, on the CPU.
+        up: likewise.
+
+    Returns:
+        The result's amax as a float32 scalar.
+    """
+    return _amax(_silu_mul(_raw(gate).reshape(-1), _raw(up).reshape(-1)))
+
+
+def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embedding (Su et al., 2021) to ``x``, the halves of a head rotated, as in Llama.
+
+    Args:
+        x: bfloat16 ``[batch, heads, tokens, head_dim]``, a transposed view of contiguous
+            ``[batch, tokens, heads, head_dim]``, on the CPU.
+        cos: bfloat16 ``[tokens, head_dim]``, contiguous.
+        sin: likewise.
+
+    Returns:
+        The result's amax as a float32 scalar.
+    """
+    return _amax(_rotary(_raw(x.transpose(1, 2)), _raw(cos), _raw(sin)))
+
+
+def _raw(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().view(torch.uint16).numpy()
+
+
+def _amax(largest: int) -> Tensor:
+    """From the largest absolute value's BF16 bits. NaN and infinity have larger bits than any
+    number, so they are what the maximum of the bits finds."""
+    return torch.tensor(int(largest), dtype=torch.uint16).view(torch.bfloat16).float()

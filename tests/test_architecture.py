@@ -1,0 +1,76 @@
+"""The rooms of the design import in one direction, and nothing runs code from a checkpoint."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import octavo
+
+ROOT = Path(octavo.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+ROOMS = {file.relative_to(ROOT).parts[0].removesuffix(".py") for file in FILES} - {"__init__"}
+
+# What each room may import besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "version": {"errors"},
+    "units": {"errors"},
+    "stopwatch": {"errors"},
+    "allocator": {"errors"},
+    "fp8": {"errors"},
+    "scheme": {"errors"},
+    "checkpoint": {"errors"},
+    "decoder": {"errors", "checkpoint"},
+    "formats": {"errors", "scheme"},
+    "canonical": {"errors", "fp8", "scheme"},
+    "calibration": {"errors", "fp8", "checkpoint", "decoder"},
+    "pipeline": ROOMS - {"cli", "console"},
+}
+
+
+def nodes(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every imported module of ``file``, and every name imported from one, with its dots."""
+    for node in nodes(file):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_rooms(files: list[Path]) -> set[str]:
+    parts = (name.split(".") for file in files for name in imports(file))
+    return {part[1] for part in parts if part[0] == "octavo" and len(part) > 1} & ROOMS
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
+    files = [file for file in FILES if file.relative_to(ROOT).parts[0] in {room, f"{room}.py"}]
+    assert files
+    assert imported_rooms(files) <= ALLOWED[room] | {room}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+class TestEveryFile:
+    def test_nothing_imports_the_command_line(self, file: Path) -> None:
+        assert "cli" not in imported_rooms([file])
+
+    def test_nothing_unpickles(self, file: Path) -> None:
+        modules = {name.split(".")[0] for name in imports(file)}
+        assert not modules & {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+        assert "torch.load" not in {ast.unparse(node) for node in nodes(file)} | set(imports(file))
+
+    def test_nothing_runs_foreign_code(self, file: Path) -> None:
+        calls = [node for node in nodes(file) if isinstance(node, ast.Call)]
+        assert not {ast.unparse(call.func) for call in calls} & {"eval", "exec"}
+        keywords = [keyword for call in calls for keyword in call.keywords]
+        unsafe = {keyword.arg for keyword in keywords if ast.unparse(keyword.value) != "False"}
+        assert not unsafe & {"allow_pickle", "trust_remote_code"}
