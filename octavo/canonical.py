@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo import fp8
-from octavo.errors import OctavoError
+from octavo.errors import not_finite
 from octavo.scheme import FUSED_GROUPS, Scheme
 
 
@@ -64,25 +64,23 @@ def layout_layer(
 def quantize_layer(
     plan: LayerPlan,
     tensors: Mapping[str, Tensor],
+    maxima: Mapping[str, Tensor],
     activations: Mapping[str, Tensor],
     scheme: Scheme,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> dict[str, Tensor]:
     """Fold one layer into FP8.
 
     Args:
         plan: the layer.
         tensors: its tensors as stored in the checkpoint.
+        maxima: amax of each tensor, from :func:`finite_amax`.
         activations: amax of the linears' inputs (``<module>``) and of keys and values
             (``<block>.k``, ``<block>.v``), float32 scalars; those the scheme needs.
         scheme: how.
 
     Returns:
-        The canonical tensors on the CPU, and the amax of each weight (``<module>.weight``).
-
-    Raises:
-        OctavoError: a tensor holds NaN or infinity.
+        The canonical tensors on the CPU.
     """
-    maxima = {name: finite_amax(name, tensor) for name, tensor in tensors.items()}
     weights = {f"{module}.weight" for module in plan.linears}
     scales = _weight_scales(weights, maxima, scheme)
     canonical: dict[str, Tensor] = {}
@@ -101,7 +99,7 @@ def quantize_layer(
                 canonical[f"{block}.{kind}_scale"] = fp8.scale_from_amax(
                     activations[f"{block}.{kind}"]
                 )
-    return canonical, {name: maxima[name].cpu() for name in sorted(weights)}
+    return canonical
 
 
 def finite_amax(name: str, tensor: Tensor) -> Tensor:
@@ -114,11 +112,7 @@ def finite_amax(name: str, tensor: Tensor) -> Tensor:
         return torch.zeros(())
     result = fp8.amax(tensor)
     if not result.isfinite():
-        kind = "NaN" if result.isnan() else "infinity"
-        raise OctavoError(
-            f"tensor {name!r} of the input holds {kind}; expected finite weights. "
-            "The checkpoint is damaged or its training diverged: get an intact copy."
-        )
+        raise not_finite(name)
     return result
 
 

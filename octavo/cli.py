@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from octavo.allocator import keep_freed_memory, quick_imports
 from octavo.console import LayerProgress, results_table, size_change, stderr, stdout
@@ -49,13 +50,13 @@ def command(function: Callable[P, T]) -> Callable[P, T]:
         try:
             return function(*args, **kwargs)
         except OctavoError as error:
-            _complain(str(error))
+            _say("red", "error", str(error))
             raise typer.Exit(2) from None
         except OSError as error:
-            _complain(f"{error.strerror or error}: {error.filename or 'no file named'}")
+            _say("red", "error", f"{error.strerror or error}: {error.filename or 'no file named'}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            _complain("interrupted; the partial output has been removed.")
+            _say("red", "error", "interrupted; the partial output has been removed.")
             raise typer.Exit(130) from None
 
     app.command()(run)
@@ -150,7 +151,7 @@ def quantize(
             on_progress=lambda step: progress.update(*step),
         )
     for warning in result.warnings:
-        stderr.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        _say("yellow", "warning", warning)
     if as_json:
         print(json.dumps(result._asdict()))
     elif not quiet:
@@ -169,7 +170,7 @@ def sample_model(
 
     path = run(directory)
     if not quiet:
-        stdout.print(f"SmolLM2-135M-Instruct, BF16, is in {path}", highlight=False)
+        print(f"SmolLM2-135M-Instruct, BF16, is in {path}")
 
 
 def main() -> None:
@@ -198,8 +199,9 @@ def _quantize_table(result: QuantizeResult) -> Table:
     )
 
 
-def _complain(message: str) -> None:
-    stderr.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+def _say(color: str, kind: str, message: str) -> None:
+    # Text, not markup: a message may quote anything, brackets included.
+    stderr.print(Text.assemble((f"{kind}:", color), " ", message), soft_wrap=True)
 
 
 def _terminate(*_: object) -> None:

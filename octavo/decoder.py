@@ -11,7 +11,7 @@ architecture: the model's own ``forward`` runs once with recorders in place of i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from octavo.checkpoint import Checkpoint
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, not_finite, one_line
 
 # Architectures whose streamed statistics are tested against the whole model.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -87,9 +87,7 @@ class Decoder:
         """
         self.checkpoint = checkpoint
         self.device = device
-        self.config = _parse_config(checkpoint)
-        with torch.device("meta"):
-            model = _model_class(self.config)(self.config)
+        self.config, model = _build_skeleton(checkpoint)
         model.train(False).requires_grad_(False)
         self._base: Any = model.model
         self._prefix = "model."
@@ -167,6 +165,8 @@ class Decoder:
         """
         used, compact = torch.unique(tokens, return_inverse=True)
         rows = self.checkpoint.read_rows(self._embedding_name, used.tolist())
+        if not rows.isfinite().all():
+            raise not_finite(self._embedding_name)
         self._base.embed_tokens.weight = nn.Parameter(rows.to(self.device), requires_grad=False)
         compact = compact.to(self.device)
         size = (*tokens.shape, self.config.hidden_size)
@@ -215,12 +215,7 @@ class Decoder:
                 )
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return cast(type[PreTrainedModel], found)
-
-
-def _parse_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+def _build_skeleton(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, PreTrainedModel]:
     path = checkpoint.directory / "config.json"
     kind = checkpoint.config.get("model_type")
     if kind not in SUPPORTED:
@@ -231,9 +226,23 @@ def _parse_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         )
     try:
         config = CONFIG_MAPPING[kind].from_dict(checkpoint.config, attn_implementation=_ATTENTION)
+        build: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        with torch.device("meta"):
+            model: PreTrainedModel = build(config)
     except Exception as error:  # transformers raises many kinds for many faults of a config
         raise OctavoError(
-            f"{path} is not a valid {kind} configuration: {error}. "
+            f"{path} is not a valid {kind} configuration: {one_line(error)}. "
             "Restore the file from the original checkpoint."
         ) from error
-    return config
+    if config.num_hidden_layers < 1:
+        raise OctavoError(
+            f"{path} has num_hidden_layers {config.num_hidden_layers}, expected at least 1. "
+            "Restore the file from the original checkpoint."
+        )
+    beyond = f"model.layers.{config.num_hidden_layers}."
+    if any(name.startswith(beyond) for name in checkpoint):
+        raise OctavoError(
+            f"{path} has num_hidden_layers {config.num_hidden_layers}, but the weights have tensors of "
+            f"a further layer ({beyond}*). Check that config.json and the weights belong together."
+        )
+    return config, model

@@ -7,3 +7,16 @@ class OctavoError(Exception):
     The message names the file or tensor, what was found, what was expected and what to do next.
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def not_finite(tensor: str) -> OctavoError:
+    """The error for a tensor of the input that holds NaN or infinity."""
+    return OctavoError(
+        f"tensor {tensor!r} of the input holds NaN or infinity; expected finite weights. "
+        "The checkpoint is damaged or its training diverged: get an intact copy."
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's exception says, folded into a clause of our own sentence."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -191,6 +191,11 @@ def _run_layers(
         for index, tensors in _read_ahead(decoder.checkpoint, plans, io, clock):
             plan = plans[index]
             tensors = {name: tensor.to(decoder.device) for name, tensor in tensors.items()}
+            with clock("quantize"):
+                # Before the layer is run: a NaN is the weight's fault, not the activations'.
+                weights = {
+                    name: canonical.finite_amax(name, tensor) for name, tensor in tensors.items()
+                }
             activations: dict[str, Tensor] = {}
             if stream is not None:
                 with clock("calibrate"):
@@ -198,7 +203,7 @@ def _run_layers(
                     activations = stream.run(index, set(plan.linears))
                     decoder.unload(index)
             with clock("quantize"):
-                layer, weights = canonical.quantize_layer(plan, tensors, activations, scheme)
+                layer = canonical.quantize_layer(plan, tensors, weights, activations, scheme)
             with clock("wait for disk"):
                 if written is not None:
                     written.result()
@@ -381,7 +386,7 @@ def _warnings(plans: list[LayerPlan], calibration: Calibration, tokens: Tensor |
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     directory = checkpoint.directory
     for key in ("quantization_config", "compression_config"):
-        if key in checkpoint.config:
+        if checkpoint.config.get(key) is not None:
             method = checkpoint.config[key]
             kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
             raise OctavoError(

@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     factor = _UNITS.get(match[2].upper()) if match else None
-    if match is None or factor is None or int(float(match[1]) * factor) < 1:
+    if match is None or factor is None or not 1 <= float(match[1]) * factor < 2**63:
         raise OctavoError(
             f"{text!r} is not a size. Expected a number and a unit, such as 5GB or 500MiB."
         )

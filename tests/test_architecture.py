@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "decoder": {"errors", "checkpoint"},
     "formats": {"errors", "scheme"},
     "canonical": {"errors", "fp8", "scheme"},
-    "calibration": {"errors", "fp8", "checkpoint", "decoder"},
+    "kernels": set(),
+    "calibration": {"errors", "fp8", "checkpoint", "decoder", "kernels"},
     "pipeline": ROOMS - {"cli", "console"},
 }
 

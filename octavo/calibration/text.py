@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, one_line
 
 BUILTIN = "builtin"
 
@@ -66,7 +66,7 @@ def _text(path: Path, _: str) -> Iterator[str]:
     try:
         yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise OctavoError(f"{path} is not UTF-8 text: {error}.") from error
+        raise OctavoError(f"{path} is not UTF-8 text: {one_line(error)}.") from error
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
@@ -76,9 +76,13 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
+                text = record.get(field) if isinstance(record, dict) else None
+                # JSON can spell half a surrogate pair, which is no text.
+                _ = text.encode() if isinstance(text, str) else None
             except (ValueError, RecursionError) as error:
-                raise OctavoError(f"{path}, line {number} is not JSON: {error}.") from error
-            text = record.get(field) if isinstance(record, dict) else None
+                raise OctavoError(
+                    f"{path}, line {number} is not JSON: {one_line(error)}."
+                ) from error
             if not isinstance(text, str):
                 raise OctavoError(
                     f"{path}, line {number} has no text in its field {field!r}. "
@@ -106,7 +110,7 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
     except OctavoError:
         raise
     except Exception as error:  # the reader's own exceptions share no base class
-        raise OctavoError(f"{path} cannot be read as parquet: {error}") from error
+        raise OctavoError(f"{path} cannot be read as parquet: {one_line(error)}.") from error
 
 
 def _hub(name: str, hub_set: HubSet) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
 from octavo.calibration.text import BUILTIN, documents
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,8 +100,10 @@ def _load_ids(path: Path, seq_len: int | None) -> np.ndarray:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise OctavoError(f"The calibration file {path} does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise OctavoError(f"{path} is not a NumPy array file: {error}.") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise OctavoError(f"{path} is not a NumPy array file: {one_line(error)}.") from error
+    if not isinstance(ids, np.ndarray):
+        raise OctavoError(f"{path} is an archive, expected one NumPy array of token ids.")
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
         raise OctavoError(
             f"{path} holds {ids.dtype} of shape {list(ids.shape)}, "
@@ -122,7 +124,7 @@ def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
         raise OctavoError(
-            f"{model} has no usable tokenizer: {error}. Copy the model's tokenizer files there, "
+            f"{model} has no usable tokenizer: {one_line(error)}. Copy the model's tokenizer files there, "
             "or pass token ids as --calib FILE.npy."
         ) from error
 

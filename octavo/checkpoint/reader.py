@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo.checkpoint.safetensors import Entry, read_header
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, one_line
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -35,9 +35,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} does not exist. Expected a Hugging Face checkpoint directory "
             "with config.json and *.safetensors."
         ) from None
+    except OSError as error:
+        raise OctavoError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise OctavoError(
-            f"{path} is not JSON: {error}. Restore the file from the original checkpoint."
+            f"{path} is not JSON: {one_line(error)}. Restore the file from the original checkpoint."
         ) from error
     if not isinstance(value, dict):
         raise OctavoError(

@@ -3,7 +3,7 @@
 A file is an 8-byte little-endian header length, a JSON header and the tensors' bytes
 (https://github.com/huggingface/safetensors#format). Every name, dtype, shape and offset is checked
 before a byte of data is used; what the format forbids (holes, overlaps, repeated names, bytes
-after the last tensor) is refused, as the reference implementation does.
+after the last tensor) is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -37,6 +38,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # The limit of the reference implementation.
 _MAX_HEADER_BYTES = 100_000_000
+# No file is longer, so no count in a header can be.
+_MAX_BYTES = 1 << 63
 
 
 class Entry(NamedTuple):
@@ -62,10 +65,10 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        limit = min(size - 8, _MAX_HEADER_BYTES)
+        if len(prefix) < 8 or length > limit:
             raise _malformed(
-                path,
-                f"its header claims {length:,} bytes, the file holds {size:,}",
+                path, f"its header claims {length:,} bytes, expected at most {limit:,}"
             )
         raw = file.read(length)
     try:
@@ -123,21 +126,24 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: object, data_start: int) -> Entry:
     """Check one header record on its own."""
     if not isinstance(value, dict):
-        raise _malformed(path, f"the record of tensor {name!r} is not an object")
-    dtype = DTYPES.get(value.get("dtype", ""))
+        raise _malformed(path, f"the record of tensor {_short(name)} is not an object")
+    dtype = DTYPES.get(str(value.get("dtype")))
     shape, offsets = value.get("shape"), value.get("data_offsets")
     if dtype is None:
-        raise _malformed(path, f"tensor {name!r} has the unknown dtype {value.get('dtype')!r}")
+        raise _malformed(
+            path, f"tensor {_short(name)} has the unknown dtype {_short(value.get('dtype'))}"
+        )
     if not _naturals(shape):
-        raise _malformed(path, f"tensor {name!r} has the invalid shape {shape!r}")
+        raise _malformed(path, f"tensor {_short(name)} has the invalid shape {_short(shape)}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _malformed(path, f"tensor {name!r} has the invalid offsets {offsets!r}")
+        raise _malformed(path, f"tensor {_short(name)} has the invalid offsets {_short(offsets)}")
     needed = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
         raise _malformed(
             path,
-            f"tensor {name!r} has offsets {offsets!r}, "
-            f"but {value['dtype']} of shape {shape} takes {needed:,} bytes",
+            f"tensor {_short(name)} has {offsets[1] - offsets[0]:,} bytes, "
+            f"{value['dtype']} of shape {_short(shape)} takes "
+            + (f"{needed:,} bytes" if needed < _MAX_BYTES else "more than any file has"),
         )
     return Entry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
@@ -153,7 +159,7 @@ def _check_layout(
             fault = "overlaps" if entry.start < position else "leaves a hole before"
             raise _malformed(
                 path,
-                f"tensor {name!r} {fault} byte {position:,} (it starts at {entry.start:,})",
+                f"tensor {_short(name)} {fault} byte {position:,} (it starts at {entry.start:,})",
             )
         position = entry.end
     if position > size:
@@ -167,7 +173,13 @@ def _check_layout(
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < _MAX_BYTES for item in value
+    )
+
+
+# Text from a file is shown shortened.
+_short = reprlib.repr
 
 
 def _malformed(path: Path, fault: str) -> OctavoError:

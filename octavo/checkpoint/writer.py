@@ -66,11 +66,9 @@ class CheckpointWriter:
         Raises:
             OctavoError: ``target`` exists, or cannot be created.
         """
-        if target.exists() and not overwrite:
-            raise OctavoError(
-                f"{target} already exists. Choose another output directory, or pass --overwrite to replace it."
-            )
+        self._overwrite = overwrite
         self.target = target
+        self._refuse_existing()
         self.partial = target.parent / f".{target.name}.partial-{os.getpid()}"
         self.nbytes = 0
         self._places: dict[str, tuple[int, Entry]] = {}
@@ -78,6 +76,7 @@ class CheckpointWriter:
         # Tensors of several layers may arrive from several threads.
         self._lock = threading.Lock()
         self._descriptors: list[int] = []
+        self._new_parents = [path for path in target.parents if not path.exists()]
         with self._explained():
             target.parent.mkdir(parents=True, exist_ok=True)
             self.partial.mkdir()
@@ -159,9 +158,13 @@ class CheckpointWriter:
         """Remove what has not been committed."""
         self._close()
         shutil.rmtree(self.partial, ignore_errors=True)
+        with suppress(OSError):  # the first that is not empty ends it
+            for path in self._new_parents:
+                path.rmdir()
 
     def _swap(self) -> None:
         """Rename into place; what was there before is removed only after that succeeded."""
+        self._refuse_existing()
         old = self.target.parent / f".{self.target.name}.old-{os.getpid()}"
         with suppress(FileNotFoundError):
             self.target.rename(old)
@@ -171,10 +174,18 @@ class CheckpointWriter:
             with suppress(FileNotFoundError):
                 old.rename(self.target)
             raise
-        if old.is_dir():
+        if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         else:
+            # A link is replaced, what it leads to stays.
             old.unlink(missing_ok=True)
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.target) and not self._overwrite:
+            raise OctavoError(
+                f"{self.target} already exists. Choose another output directory, "
+                "or pass --overwrite to replace it."
+            )
 
     def _create_shards(self, layout: Layout, shard_size: int) -> None:
         shards = split_into_shards(layout, shard_size)
@@ -226,19 +237,17 @@ class CheckpointWriter:
         try:
             yield
         except OSError as error:
-            where = self.target.parent
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self.abandon()
-                with suppress(OSError):
-                    free = shutil.disk_usage(where).free
-                    raise OctavoError(
-                        f"The disk that holds {where} is full: {self.target} needs {self.nbytes:,} bytes, "
-                        f"{free:,} are free now. The partial output has been removed. "
-                        "Free some space, or choose an output on another disk."
-                    ) from error
+                where = next(path for path in self.target.absolute().parents if path.exists())
+                raise OctavoError(
+                    f"The disk that holds {where} is full: {self.target} needs {self.nbytes:,} bytes, "
+                    f"{shutil.disk_usage(where).free:,} are free now. The partial output has been "
+                    "removed. Free some space, or choose an output on another disk."
+                ) from error
             raise OctavoError(
                 f"Cannot write {self.target}: {error.strerror or error} "
-                f"({error.filename or where}). Choose an output directory that can be written."
+                f"({error.filename or self.target.parent}). Choose an output directory that can be written."
             ) from error
 
 
