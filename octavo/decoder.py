@@ -10,6 +10,7 @@ architecture: the model's own ``forward`` runs once with recorders in place of i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -225,7 +226,9 @@ def _build_skeleton(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, PreTraine
             "--trust-remote-code does not exist."
         )
     try:
-        config = CONFIG_MAPPING[kind].from_dict(checkpoint.config, attn_implementation=_ATTENTION)
+        # A copy: from_dict writes into what it is given.
+        content = copy.deepcopy(checkpoint.config)
+        config = CONFIG_MAPPING[kind].from_dict(content, attn_implementation=_ATTENTION)
         build: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with torch.device("meta"):
             model: PreTrainedModel = build(config)

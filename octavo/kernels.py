@@ -68,7 +68,7 @@ def _exp(x: Any) -> Any:
 
     Range reduction to [-ln 2 / 2, ln 2 / 2] and the Taylor polynomial of degree 7.
     """
-    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    x = min(max(x, np.float32(-87.0)), np.float32(90.0))
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     p = np.float32(1 / 5040)
@@ -79,7 +79,11 @@ def _exp(x: Any) -> Any:
     p = p * r + np.float32(0.5)
     p = p * r + np.float32(1.0)
     p = p * r + np.float32(1.0)
-    return p * _float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+    # In two steps, so that results up to the largest float32 are reached and then infinity.
+    half = np.int32(n) >> np.int32(1)
+    rest = np.int32(n) - half
+    p = p * _float(np.uint32(half + np.int32(127)) << np.uint32(23))
+    return p * _float(np.uint32(rest + np.int32(127)) << np.uint32(23))
 
 
 @njit(**_JIT)

@@ -7,10 +7,10 @@ current one computes, and since it works in order, two layer buffers are enough.
 
 from __future__ import annotations
 
-import platform
 import resource
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,11 +144,12 @@ def quantize(
     try:
         with writer:
             with clock("embed"):
-                stream = None if tokens is None else CalibrationStream(decoder, tokens)
-            maxima = _run_layers(
-                decoder, plans, stream, scheme, dialect, writer, clock, on_progress,
-                tokens=0 if tokens is None else tokens.numel(),
-            )  # fmt: skip
+                calibrated = nullcontext() if tokens is None else CalibrationStream(decoder, tokens)
+            with calibrated as stream:
+                maxima = _run_layers(
+                    decoder, plans, stream, scheme, dialect, writer, clock, on_progress,
+                    tokens=0 if tokens is None else tokens.numel(),
+                )  # fmt: skip
             with clock("finish"):
                 _write_rest(checkpoint, plans, writer)
                 _write_files(checkpoint, plans, dialect, scheme, writer)
@@ -428,5 +429,8 @@ def _device(name: str) -> torch.device:
 
 def _peak_memory() -> int:
     """Peak resident memory of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Rather than getrusage, whose peak begins with that of the process this one came from.
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+import tiny
 from octavo import cli
 
 INDEX = "model.safetensors.index.json"

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import safetensors
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tiny
 from octavo.checkpoint import CheckpointWriter
 from octavo.checkpoint.safetensors import DTYPES
 from octavo.checkpoint.writer import split_into_shards

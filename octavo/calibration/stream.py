@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ _BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}
 class CalibrationStream:
     """The calibration samples' hidden states in front of the next decoder layer.
 
-    They belong to the unquantized model: every layer computes with its original weights.
+    They belong to the unquantized model: every layer computes with its original weights. A context
+    manager: on a CPU it holds a pool of threads.
     """
 
     def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
@@ -31,17 +32,29 @@ class CalibrationStream:
             tokens: int64 ``[samples, seq_len]``.
         """
         self._decoder = decoder
-        self._batch = max(1, _BATCH_TOKENS[decoder.device.type] // tokens.shape[1])
-        self._hidden, self._kwargs = decoder.embed(tokens, self._batch)
+        batch = max(1, _BATCH_TOKENS[decoder.device.type] // tokens.shape[1])
+        self._hidden, self._kwargs = decoder.embed(tokens, batch)
+        # A multiple of four batches of equal size, so that no core of a few waits for a last one.
+        # Not of the number of cores: results should not depend on that.
+        self._batches = torch.tensor_split(
+            self._hidden, min(-(-len(tokens) // (4 * batch)) * 4, len(tokens))
+        )
         # On a CPU each core works on a batch of its own: no operation waits for another thread,
         # those that PyTorch does not parallelize run in parallel too, and a core that is busy
         # elsewhere delays one batch instead of every operation.
-        threads = torch.get_num_threads()
-        batches = -(-len(tokens) // self._batch)
-        workers = min(threads, batches) if decoder.device.type == "cpu" else 1
+        self._threads = threads = torch.get_num_threads()
+        workers = min(threads, len(self._batches)) if decoder.device.type == "cpu" else 1
         self._pool = ThreadPoolExecutor(
             workers, "octavo-layer", lambda: torch.set_num_threads(threads // workers)
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown()
+        # A thread's number of threads is also the default of threads to come.
+        torch.set_num_threads(self._threads)
 
     def run(self, index: int, watched: set[str]) -> dict[str, Tensor]:
         """Move the hidden states through decoder layer ``index``, which must be loaded.
@@ -82,4 +95,4 @@ class CalibrationStream:
         def step(hidden: Tensor) -> None:
             hidden.copy_(layer(hidden, **kwargs))
 
-        list(self._pool.map(step, torch.split(self._hidden, self._batch)))
+        list(self._pool.map(step, self._batches))

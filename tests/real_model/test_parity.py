@@ -1,0 +1,205 @@
+"""SmolLM2-135M-Instruct against what ModelOpt, Quark and llm-compressor really wrote.
+
+The golden files hold scales and hashes of FP8 codes. The tools' codes are recomputed from their
+scales with their arithmetic, which is right if and only if the hash agrees; then they can be
+compared code by code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from octavo import Calibration, Scheme, quantize
+from octavo.calibration import load_tokens
+from reference import whole
+
+pytestmark = pytest.mark.real_model
+
+E4M3 = torch.float8_e4m3fn
+Golden = dict[str, dict[str, Any]]
+
+
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+@pytest.fixture(scope="session")
+def modelopt_edition(sample: Path, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("editions") / "modelopt"
+    quantize(sample, output, calibration=Calibration(source=str(golden / "calib_tokens.npy")))
+    return output
+
+
+@pytest.fixture(scope="session")
+def quark_edition(sample: Path, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Names and config only: a few tokens are enough."""
+    output = tmp_path_factory.mktemp("editions") / "quark"
+    calibration = Calibration(source=str(golden / "calib_tokens.npy"), samples=1, seq_len=16)
+    quantize(sample, output, calibration=calibration, format="quark")
+    return output
+
+
+def modelopt_codes(weight: Tensor, scale: float) -> Tensor:
+    return (weight / torch.tensor(scale)).to(E4M3)
+
+
+def bf16_scale_codes(weight: Tensor, scale: float) -> Tensor:
+    return (weight / torch.tensor(scale).bfloat16()).clamp(-448, 448).to(E4M3)
+
+
+TOOLS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "modelopt-0.47.0": modelopt_codes,
+    "quark-0.13": bf16_scale_codes,
+    "llmcompressor-0.14.0.1": bf16_scale_codes,
+}
+
+
+def position(codes: Tensor) -> Tensor:
+    """Each code's place in the order of E4M3 values, the two zeros at one place."""
+    bits = codes.view(torch.uint8).int()
+    return torch.where(bits >= 128, 128 - bits, bits)
+
+
+def test_sample_model_is_the_golden_input(sample: Path, golden: Path) -> None:
+    expected = read(golden / "smollm2-135m-bf16.json")
+    tensors = tensors_of(sample)
+    assert {name: sha256(tensor) for name, tensor in tensors.items()} == {
+        name: entry["sha256"] for name, entry in expected.items()
+    }
+    assert "quantization_config" not in read(sample / "config.json")
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (sample / name).exists()
+
+
+def test_weight_scales_are_exact(modelopt_edition: Path, sample: Path) -> None:
+    ours, source = tensors_of(modelopt_edition), tensors_of(sample)
+    scales = [name for name in ours if name.endswith(".weight_scale")]
+    assert len(scales) == 210
+    for name in scales:
+        weight = source[name.removesuffix("_scale")]
+        assert ours[name] == weight.abs().max().float() / 448, name
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_codes_are_within_one_and_the_error_is_no_larger(
+    tool: str, modelopt_edition: Path, sample: Path, golden: Path
+) -> None:
+    ours, source = tensors_of(modelopt_edition), tensors_of(sample)
+    theirs: Golden = read(golden / tool / "tensors.json")
+    names = [name for name, tensor in ours.items() if tensor.dtype == E4M3]
+    assert len(names) == 210
+    for name in names:
+        weight, their_scale = source[name], theirs[f"{name}_scale"]["value"]
+        codes = TOOLS[tool](weight, their_scale)
+        assert sha256(codes) == theirs[name]["sha256"], name
+
+        def error(codes: Tensor, scale: float, weight: Tensor = weight) -> float:
+            return float(((codes.double() * scale - weight.double()) ** 2).sum())
+
+        assert error(ours[name], ours[f"{name}_scale"].item()) <= error(codes, their_scale), name
+        if tool.startswith("modelopt"):
+            assert (position(ours[name]) - position(codes)).abs().max() <= 1, name
+
+
+def test_activation_scales_agree_with_the_golden_ones(modelopt_edition: Path, golden: Path) -> None:
+    """A maximum over 65,536 tokens of a 30-layer BF16 model carries the rounding of the matrix
+    products before it, which differs between processors: ModelOpt itself, run with the golden
+    tokens on a processor with AMX, lands up to 2.7 % from its golden file, 19 of 270 scales beyond
+    1 %. Hence most within 1 %, all within 3 %, and the next test."""
+    ours = tensors_of(modelopt_edition)
+    theirs: Golden = read(golden / "modelopt-0.47.0" / "tensors.json")
+    away = {
+        name: abs(tensor.item() / theirs[name]["value"] - 1)
+        for name, tensor in ours.items()
+        if name.endswith(("input_scale", "k_scale", "v_scale"))
+    }
+    assert len(away) == 270
+    assert max(away.values()) < 0.03
+    assert sum(value <= 0.01 for value in away.values()) >= 0.9 * len(away)
+    assert sum(away.values()) / len(away) < 0.004
+
+
+def test_statistics_are_those_of_the_whole_model_in_float32(
+    sample: Path, golden: Path, tmp_path: Path
+) -> None:
+    """In float32, rounding has no say: streamed or whole, the statistics are the same."""
+    model = tmp_path / "float32"
+    shutil.copytree(sample, model)
+    tensors = {name: tensor.float() for name, tensor in tensors_of(sample).items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    tokens_file = str(golden / "calib_tokens.npy")
+    calibration = Calibration(source=tokens_file, samples=4, seq_len=128)
+    quantize(model, tmp_path / "out", calibration=calibration)
+    tokens = load_tokens(calibration, model, vocab_size=49152, max_positions=8192)
+    ours, theirs = read(tmp_path / "out" / "octavo.json")["amax"], whole(model, tokens)
+    assert len(theirs) == 270
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("tool", "fixture"),
+    [("modelopt-0.47.0", "modelopt_edition"), ("quark-0.13", "quark_edition")],
+)
+def test_names_shapes_and_config_are_the_tool_s(
+    tool: str, fixture: str, golden: Path, request: pytest.FixtureRequest
+) -> None:
+    edition: Path = request.getfixturevalue(fixture)
+    theirs: Golden = read(golden / tool / "tensors.json")
+    ours = tensors_of(edition)
+    assert {name: list(tensor.shape) for name, tensor in ours.items()} == {
+        name: entry["shape"] for name, entry in theirs.items()
+    }
+    config, golden_config = read(edition / "config.json"), read(golden / tool / "config.json")
+    assert config["quantization_config"] == golden_config["quantization_config"]
+    ignored = {"transformers_version"}
+    assert config.keys() - ignored == golden_config.keys() - ignored
+    legacy = golden / tool / "hf_quant_config.json"
+    if legacy.exists():
+        assert read(edition / "hf_quant_config.json") == read(legacy)
+
+
+def test_untouched_tensors_are_the_tools(modelopt_edition: Path, golden: Path) -> None:
+    theirs: Golden = read(golden / "modelopt-0.47.0" / "tensors.json")
+    ours = tensors_of(modelopt_edition)
+    kept = [name for name, entry in theirs.items() if entry["dtype"] == "bfloat16"]
+    assert len(kept) == 62
+    for name in kept:
+        assert sha256(ours[name]) == theirs[name]["sha256"], name
+
+
+def test_peak_memory_stays_under_800_mb(sample: Path, golden: Path, tmp_path: Path) -> None:
+    """The program a user runs, with all of the golden tokens."""
+    octavo = Path(sys.executable).with_name("octavo")
+    tokens = golden / "calib_tokens.npy"
+    command = [octavo, "quantize", sample, "-o", tmp_path / "out", "--calib", tokens, "--json"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout)["peak_memory"] < 800e6
+
+
+def test_weights_alone_need_no_text(sample: Path, tmp_path: Path) -> None:
+    scheme = Scheme(inputs="dynamic", kv_cache="none")
+    result = quantize(sample, tmp_path / "out", scheme=scheme)
+    assert result.tokens == 0
+    assert result.linears == 210
