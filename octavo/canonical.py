@@ -21,12 +21,14 @@ class LayerPlan(NamedTuple):
 
     Attributes:
         tensors: the checkpoint's names, in the model's order.
-        linears: modules to quantize; every other tensor is carried over.
+        linears: linear layers to quantize; every other tensor is carried over.
+        kept: linear layers that keep their dtype.
         attention: attention blocks that get KV scales.
     """
 
     tensors: tuple[str, ...]
     linears: tuple[str, ...]
+    kept: tuple[str, ...]
     attention: tuple[str, ...]
 
 
@@ -81,16 +83,15 @@ def quantize_layer(
     Returns:
         The canonical tensors on the CPU.
     """
-    weights = {f"{module}.weight" for module in plan.linears}
-    scales = _weight_scales(weights, maxima, scheme)
+    scales = _weight_scales(plan.linears, maxima, scheme)
     canonical: dict[str, Tensor] = {}
     for name in plan.tensors:
-        if name not in weights:
+        module = name.removesuffix(".weight")
+        if module not in scales or not name.endswith(".weight"):
             canonical[name] = tensors[name].cpu()
             continue
-        module = name.removesuffix(".weight")
-        canonical[name] = fp8.quantize(tensors[name], scales[name]).cpu()
-        canonical[f"{module}.weight_scale"] = scales[name].cpu()
+        canonical[name] = fp8.quantize(tensors[name], scales[module]).cpu()
+        canonical[f"{module}.weight_scale"] = scales[module].cpu()
         if scheme.inputs == "static":
             canonical[f"{module}.input_scale"] = fp8.scale_from_amax(activations[module])
     if scheme.kv_cache == "fp8":
@@ -117,21 +118,22 @@ def finite_amax(name: str, tensor: Tensor) -> Tensor:
 
 
 def _weight_scales(
-    weights: Iterable[str], maxima: Mapping[str, Tensor], scheme: Scheme
+    linears: Iterable[str], maxima: Mapping[str, Tensor], scheme: Scheme
 ) -> dict[str, Tensor]:
-    merged = {name: maxima[name] for name in weights}
+    """The scale of each linear layer's weight, by module name."""
+    merged = {module: maxima[f"{module}.weight"] for module in linears}
     if scheme.merge_scales:
         for members in fused_groups(merged):
-            shared = torch.stack([merged[name] for name in members]).amax()
+            shared = torch.stack([merged[module] for module in members]).amax()
             merged |= dict.fromkeys(members, shared)
-    return {name: fp8.scale_from_amax(value) for name, value in merged.items()}
+    return {module: fp8.scale_from_amax(value) for module, value in merged.items()}
 
 
-def fused_groups(weights: Iterable[str]) -> list[list[str]]:
-    """The names of ``weights`` that engines fuse into one matrix, group by group."""
+def fused_groups(linears: Iterable[str]) -> list[list[str]]:
+    """The linear layers that engines fuse into one matrix, group by group."""
     groups: dict[tuple[str, int], list[str]] = {}
-    for name in weights:
-        parent, projection = name.removesuffix(".weight").rsplit(".", 1)
+    for name in linears:
+        parent, projection = name.rsplit(".", 1)
         for number, group in enumerate(FUSED_GROUPS):
             if projection in group:
                 groups.setdefault((parent, number), []).append(name)

@@ -26,6 +26,7 @@ from octavo.checkpoint.hub import resolve_model
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
 from octavo.formats import Dialect, get_format
+from octavo.preflight import check_target, pick_device, refuse_quantized
 from octavo.scheme import Scheme
 from octavo.stopwatch import Stopwatch
 from octavo.version import __version__
@@ -57,6 +58,17 @@ class Progress(NamedTuple):
     done: int
     total: int
     tokens: int
+
+
+class _Job(NamedTuple):
+    """What every step of a run needs to know."""
+
+    checkpoint: Checkpoint
+    decoder: Decoder
+    plans: list[LayerPlan]
+    scheme: Scheme
+    dialect: Dialect
+    clock: Stopwatch
 
 
 class QuantizeResult(NamedTuple):
@@ -126,11 +138,12 @@ def quantize(
     with clock("open"):
         dialect = get_format(format)
         source, target = resolve_model(model), Path(output)
-        _check_target(source, target)
+        check_target(source, target)
         checkpoint = Checkpoint(source)
-        _refuse_quantized(checkpoint)
-        decoder = Decoder(checkpoint, _device(device))
+        refuse_quantized(checkpoint)
+        decoder = Decoder(checkpoint, pick_device(device))
         plans = [_plan_layer(decoder, index, scheme) for index in range(len(decoder.layers))]
+        job = _Job(checkpoint, decoder, plans, scheme, dialect, clock)
         if not any(plan.linears for plan in plans):
             raise OctavoError(
                 f"--exclude {' '.join(scheme.exclude)} leaves no linear layer to quantize. "
@@ -138,8 +151,9 @@ def quantize(
             )
     with clock("tokenize"):
         tokens = _load_tokens(scheme, calibration, decoder)
+        token_count = 0 if tokens is None else tokens.numel()
     with clock("reserve"):
-        layout = _layout(checkpoint, plans, dialect, scheme)
+        layout = _layout(job)
         writer = CheckpointWriter(target, layout, shard_size=shard_size, overwrite=overwrite)
     try:
         with writer:
@@ -147,12 +161,14 @@ def quantize(
                 calibrated = nullcontext() if tokens is None else CalibrationStream(decoder, tokens)
             with calibrated as stream:
                 maxima = _run_layers(
-                    decoder, plans, stream, scheme, dialect, writer, clock, on_progress,
-                    tokens=0 if tokens is None else tokens.numel(),
-                )  # fmt: skip
+                    job,
+                    stream,
+                    writer,
+                    lambda done: on_progress(Progress(done, len(plans), token_count)),
+                )
             with clock("finish"):
-                _write_rest(checkpoint, plans, writer)
-                _write_files(checkpoint, plans, dialect, scheme, writer)
+                _write_rest(job, writer)
+                _write_files(job, writer)
                 writer.write_json(
                     "octavo.json", _record(decoder, scheme, calibration, format, tokens, maxima)
                 )
@@ -165,7 +181,7 @@ def quantize(
         layers=len(plans),
         linears=sum(len(plan.linears) for plan in plans),
         tensors=len(layout),
-        tokens=0 if tokens is None else tokens.numel(),
+        tokens=token_count,
         bytes_before=checkpoint.nbytes,
         bytes_after=sum(tensor.nbytes for tensor in layout.values()),
         peak_memory=_peak_memory(),
@@ -175,56 +191,51 @@ def quantize(
 
 
 def _run_layers(
-    decoder: Decoder,
-    plans: list[LayerPlan],
+    job: _Job,
     stream: CalibrationStream | None,
-    scheme: Scheme,
-    dialect: Dialect,
     writer: CheckpointWriter,
-    clock: Stopwatch,
-    on_progress: Callable[[Progress], None],
-    tokens: int,
+    on_layer: Callable[[int], None],
 ) -> dict[str, float]:
     """Calibrate, quantize and write every layer; returns all maxima by name."""
     maxima: dict[str, float] = {}
     with ThreadPoolExecutor(1, thread_name_prefix="octavo-io") as io:
         written: Future[None] | None = None
-        for index, tensors in _read_ahead(decoder.checkpoint, plans, io, clock):
-            plan = plans[index]
-            tensors = {name: tensor.to(decoder.device) for name, tensor in tensors.items()}
-            with clock("quantize"):
+        for index, tensors in _read_ahead(job, io):
+            plan = job.plans[index]
+            tensors = {name: tensor.to(job.decoder.device) for name, tensor in tensors.items()}
+            with job.clock("quantize"):
                 # Before the layer is run: a NaN is the weight's fault, not the activations'.
                 weights = {
                     name: canonical.finite_amax(name, tensor) for name, tensor in tensors.items()
                 }
             activations: dict[str, Tensor] = {}
             if stream is not None:
-                with clock("calibrate"):
-                    decoder.load(index, tensors)
+                with job.clock("calibrate"):
+                    job.decoder.load(index, tensors)
                     activations = stream.run(index, set(plan.linears))
-                    decoder.unload(index)
-            with clock("quantize"):
-                layer = canonical.quantize_layer(plan, tensors, weights, activations, scheme)
-            with clock("wait for disk"):
+                    job.decoder.unload(index)
+            with job.clock("quantize"):
+                layer = canonical.quantize_layer(plan, tensors, weights, activations, job.scheme)
+            with job.clock("wait for disk"):
                 if written is not None:
                     written.result()
-            written = io.submit(_write_all, writer, dialect.encode(layer, scheme))
+            written = io.submit(_write_all, writer, job.dialect.encode(layer, job.scheme))
             maxima |= {name: value.item() for name, value in (activations | weights).items()}
-            on_progress(Progress(index + 1, len(plans), tokens))
-        with clock("wait for disk"):
+            on_layer(index + 1)
+        with job.clock("wait for disk"):
             if written is not None:
                 written.result()
     return maxima
 
 
-def _read_ahead(
-    checkpoint: Checkpoint, plans: list[LayerPlan], io: ThreadPoolExecutor, clock: Stopwatch
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def _read_ahead(job: _Job, io: ThreadPoolExecutor) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Each layer's tensors, the next layer's being read meanwhile.
 
     Two buffers take turns. A layer's tensors lie in one of them and stay valid until the layer
     after the next is read, which ``io`` does after everything submitted before.
     """
+
+    checkpoint, plans = job.checkpoint, job.plans
 
     def size(plan: LayerPlan) -> int:
         return sum(checkpoint[name].nbytes for name in plan.tensors)
@@ -242,7 +253,7 @@ def _read_ahead(
     buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(2, len(plans)))]
     upcoming = io.submit(read, 0)
     for index in range(len(plans)):
-        with clock("wait for disk"):
+        with job.clock("wait for disk"):
             tensors = upcoming.result()
         if index + 1 < len(plans):
             upcoming = io.submit(read, index + 1)
@@ -252,12 +263,15 @@ def _read_ahead(
 def _write_all(writer: CheckpointWriter, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         writer.write(name, tensor)
+    # Now, while the next layer computes, rather than all at the end.
+    writer.sync()
 
 
-def _write_rest(checkpoint: Checkpoint, plans: list[LayerPlan], writer: CheckpointWriter) -> None:
+def _write_rest(job: _Job, writer: CheckpointWriter) -> None:
     """Carry over the tensors outside the decoder layers, in pieces."""
+    checkpoint = job.checkpoint
     buffer = torch.empty(_COPY_BYTES, dtype=torch.uint8)
-    for name in _outside(checkpoint, plans):
+    for name in _outside(checkpoint, job.plans):
         entry = checkpoint[name]
         for start in range(0, entry.nbytes, _COPY_BYTES):
             piece = buffer[: min(_COPY_BYTES, entry.nbytes - start)]
@@ -268,40 +282,38 @@ def _write_rest(checkpoint: Checkpoint, plans: list[LayerPlan], writer: Checkpoi
         writer.finish(name)
 
 
-def _write_files(
-    checkpoint: Checkpoint,
-    plans: list[LayerPlan],
-    dialect: Dialect,
-    scheme: Scheme,
-    writer: CheckpointWriter,
-) -> None:
+def _write_files(job: _Job, writer: CheckpointWriter) -> None:
+    directory = job.checkpoint.directory
     for file in CARRIED_FILES:
-        if (checkpoint.directory / file).is_file():
-            writer.copy(checkpoint.directory / file)
-    for file, content in dialect.configs(checkpoint.config, scheme, _unquantized(plans)).items():
+        if (directory / file).is_file():
+            writer.copy(directory / file)
+    kept = [name for plan in job.plans for name in plan.kept]
+    configs = job.dialect.configs(job.checkpoint.config, job.scheme, kept)
+    for file, content in configs.items():
         writer.write_json(file, content)
 
 
-def _layout(
-    checkpoint: Checkpoint, plans: list[LayerPlan], dialect: Dialect, scheme: Scheme
-) -> dict[str, Tensor]:
+def _layout(job: _Job) -> dict[str, Tensor]:
     """Every tensor of the edition as a meta tensor: embedding, decoder layers, the rest."""
+    checkpoint = job.checkpoint
     source = {
         name: torch.empty(checkpoint[name].shape, dtype=checkpoint[name].dtype, device="meta")
         for name in checkpoint
     }
-    outside = {name: source[name] for name in _outside(checkpoint, plans)}
-    first = {name: tensor for name, tensor in outside.items() if "embed" in name}
-    layout = dict(first)
-    for plan in plans:
-        layout |= dialect.encode(canonical.layout_layer(plan, source, scheme), scheme)
+    outside = {name: source[name] for name in _outside(checkpoint, job.plans)}
+    layout = {name: tensor for name, tensor in outside.items() if "embed" in name}
+    for plan in job.plans:
+        canonical_layout = canonical.layout_layer(plan, source, job.scheme)
+        layout |= job.dialect.encode(canonical_layout, job.scheme)
     return layout | outside
 
 
 def _plan_layer(decoder: Decoder, index: int, scheme: Scheme) -> LayerPlan:
+    linears = tuple(decoder.linears(index))
     return LayerPlan(
         tensors=tuple(decoder.tensor_names(index)),
-        linears=tuple(name for name in decoder.linears(index) if not scheme.excludes(name)),
+        linears=tuple(name for name in linears if not scheme.excludes(name)),
+        kept=tuple(name for name in linears if scheme.excludes(name)),
         attention=tuple(name for name, _ in decoder.attention_blocks(index)),
     )
 
@@ -310,16 +322,6 @@ def _outside(checkpoint: Checkpoint, plans: list[LayerPlan]) -> list[str]:
     """Names of tensors that belong to no decoder layer."""
     inside = {name for plan in plans for name in plan.tensors}
     return [name for name in checkpoint if name not in inside]
-
-
-def _unquantized(plans: list[LayerPlan]) -> list[str]:
-    """Linear layers of decoder layers that keep their dtype."""
-    return [
-        name.removesuffix(".weight")
-        for plan in plans
-        for name in plan.tensors
-        if name.endswith("_proj.weight") and name.removesuffix(".weight") not in plan.linears
-    ]
 
 
 def _load_tokens(scheme: Scheme, calibration: Calibration, decoder: Decoder) -> Tensor | None:
@@ -370,61 +372,14 @@ def _warnings(plans: list[LayerPlan], calibration: Calibration, tokens: Tensor |
             f"{tokens.shape[1]} tokens, {calibration.samples} were asked for."
         )
     for plan in plans:
-        linears = [f"{name}.weight" for name in plan.linears]
-        fused = canonical.fused_groups(
-            name for name in plan.tensors if name.endswith("_proj.weight")
-        )
-        for group in fused:
-            kept = [name for name in group if name not in linears]
+        for group in canonical.fused_groups(plan.linears + plan.kept):
+            kept = [name for name in group if name in plan.kept]
             if kept and len(kept) < len(group):
                 found.append(
-                    f"{kept[0].removesuffix('.weight')} is excluded but not all of its group: engines that "
-                    "fuse q/k/v or gate/up refuse a group of mixed precision."
+                    f"{kept[0]} is excluded but not all of its group: engines that fuse q/k/v or "
+                    "gate/up refuse a group of mixed precision."
                 )
     return found
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    directory = checkpoint.directory
-    for key in ("quantization_config", "compression_config"):
-        if checkpoint.config.get(key) is not None:
-            method = checkpoint.config[key]
-            kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-            raise OctavoError(
-                f"{directory / 'config.json'} has a {key} ({kind}): the checkpoint is already quantized. "
-                "Start from the original BF16, FP16 or FP32 checkpoint."
-            )
-    if (directory / "hf_quant_config.json").exists():
-        raise OctavoError(
-            f"{directory} has an hf_quant_config.json: the checkpoint is already quantized. "
-            "Start from the original BF16, FP16 or FP32 checkpoint."
-        )
-
-
-def _check_target(source: Path, target: Path) -> None:
-    inner, outer = target.resolve(), source.resolve()
-    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise OctavoError(
-            f"The output {target} and the input {source} lie inside one another. "
-            "Choose an output directory outside the input."
-        )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise OctavoError(f"Unknown device {name!r}. Expected auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OctavoError(
-            f"Device {name} was asked for, this machine has {torch.cuda.device_count()} CUDA devices "
-            "that PyTorch can use. Choose --device cpu."
-        )
-    return device
 
 
 def _peak_memory() -> int:

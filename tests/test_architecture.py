@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "canonical": {"errors", "fp8", "scheme"},
     "kernels": set(),
     "calibration": {"errors", "fp8", "checkpoint", "decoder", "kernels"},
+    "preflight": {"errors", "checkpoint"},
     "pipeline": ROOMS - {"cli", "console"},
 }
 

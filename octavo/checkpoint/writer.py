@@ -130,6 +130,12 @@ class CheckpointWriter:
         with self._lock:
             self._pending.remove(name)
 
+    def sync(self) -> None:
+        """Bring what has been written so far to the disk."""
+        with self._explained():
+            for descriptor in self._descriptors:
+                os.fdatasync(descriptor)
+
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a small JSON file beside the shards."""
         with self._explained():

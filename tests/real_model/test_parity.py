@@ -148,6 +148,8 @@ def test_statistics_are_those_of_the_whole_model_in_float32(
     shutil.copytree(sample, model)
     tensors = {name: tensor.float() for name, tensor in tensors_of(sample).items()}
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = read(sample / "config.json") | {"dtype": "float32"}
+    (model / "config.json").write_text(json.dumps(config))
     tokens_file = str(golden / "calib_tokens.npy")
     calibration = Calibration(source=tokens_file, samples=4, seq_len=128)
     quantize(model, tmp_path / "out", calibration=calibration)
