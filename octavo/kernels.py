@@ -1,10 +1,10 @@
-"""BF16 elementwise blocks of a decoder layer as single passes over memory, for CPUs.
+"""BF16 elementwise work as single passes over memory, for CPUs.
 
 PyTorch runs RMSNorm, rotary embedding and SiLU·mul as chains of whole-tensor operations, most of
 them through float32 temporaries: on a CPU they take as long as the matrix products. Each kernel
 here reads its input once and writes its output once, rounds to BF16 wherever the chain in
 ``transformers`` does, and takes the maximum of what it writes on the way, which is the statistic
-calibration wants.
+calibration wants. The cast to E4M3 is here for the same reason.
 
 A kernel runs on the calling thread without the interpreter lock; callers run several threads on
 different batches. Numba compiles on first use and caches the machine code on disk.
@@ -137,6 +137,35 @@ def _rotary(x: Any, cos: Any, sin: Any) -> Any:
                     largest = max(largest, np.uint16(first & np.uint16(0x7FFF)))
                     largest = max(largest, np.uint16(second & np.uint16(0x7FFF)))
     return largest
+
+
+@njit(**{**_JIT, "fastmath": False})
+def _to_e4m3(x: Any, scale: Any, codes: Any) -> Any:
+    for i in range(x.shape[0]):
+        bits = _bits(_widen(x[i]) / scale)
+        sign = np.uint32((bits >> np.uint32(24)) & np.uint32(0x80))
+        # The bits of 448.
+        magnitude = np.uint32(min(np.uint32(bits & np.uint32(0x7FFFFFFF)), np.uint32(0x43E00000)))
+        # Normal numbers: keep 3 of 23 mantissa bits, to nearest even, and move the bias from 127 to 7.
+        odd = (magnitude >> np.uint32(20)) & np.uint32(1)
+        rounded = np.uint32(magnitude + np.uint32(0x7FFFF) + odd)
+        normal = np.uint32((rounded >> np.uint32(20)) - np.uint32(960))
+        # Below 2^-6: adding 2^14 leaves units of 2^-9, rounded to nearest even by the addition.
+        shifted = _bits(_float(magnitude) + np.float32(16384))
+        subnormal = np.uint32(shifted - np.uint32(0x46800000))
+        code = normal if magnitude >= np.uint32(0x3C800000) else subnormal
+        codes[i] = np.uint8(sign | code)
+
+
+def to_e4m3(x: Tensor, scale: float, codes: Tensor) -> None:
+    """Write ``x / scale``, saturated at ±448 and rounded to nearest even, as E4M3 codes.
+
+    Args:
+        x: bfloat16, one-dimensional, contiguous, finite, on the CPU.
+        scale: a float32 value, positive.
+        codes: ``float8_e4m3fn`` of the same length, written.
+    """
+    _to_e4m3(_raw(x), np.float32(scale), codes.view(torch.uint8).numpy())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -167,7 +167,6 @@ def quantize(
                     lambda done: on_progress(Progress(done, len(plans), token_count)),
                 )
             with clock("finish"):
-                _write_rest(job, writer)
                 _write_files(job, writer)
                 writer.write_json(
                     "octavo.json", _record(decoder, scheme, calibration, format, tokens, maxima)
@@ -196,12 +195,14 @@ def _run_layers(
     writer: CheckpointWriter,
     on_layer: Callable[[int], None],
 ) -> dict[str, float]:
-    """Calibrate, quantize and write every layer; returns all maxima by name."""
+    """Calibrate, quantize and write every layer, and carry the rest over; returns all maxima."""
     maxima: dict[str, float] = {}
     with ThreadPoolExecutor(1, thread_name_prefix="octavo-io") as io:
         written: Future[None] | None = None
         for index, tensors in _read_ahead(job, io):
             plan = job.plans[index]
+            if index == len(job.plans) - 1:
+                rest = io.submit(_write_rest, job, writer)
             tensors = {name: tensor.to(job.decoder.device) for name, tensor in tensors.items()}
             with job.clock("quantize"):
                 # Before the layer is run: a NaN is the weight's fault, not the activations'.
@@ -225,6 +226,7 @@ def _run_layers(
         with job.clock("wait for disk"):
             if written is not None:
                 written.result()
+            rest.result()
     return maxima
 
 

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "units": {"errors"},
     "stopwatch": {"errors"},
     "allocator": {"errors"},
-    "fp8": {"errors"},
+    "fp8": {"kernels"},
     "scheme": {"errors"},
     "checkpoint": {"errors"},
     "decoder": {"errors", "checkpoint"},

@@ -206,3 +206,12 @@ def test_amax_hands_on_what_is_not_finite(dtype: torch.dtype, bad: float, positi
     tensor = torch.ones(100, dtype=dtype)
     tensor[position] = bad
     assert np.array_equal(fp8.amax(tensor).item(), abs(bad), equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0123, 3.7e-5, 2.0**-20, 1e-38, 117.0])
+def test_the_cpu_kernel_casts_every_bfloat16_as_torch_does(scale: float) -> None:
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    finite = every[every.isfinite()]
+    ours = fp8.quantize(finite, torch.tensor(scale))
+    theirs = (finite.float() / torch.tensor(scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
