@@ -88,7 +88,8 @@ def quantize_layer(
     for name in plan.tensors:
         module = name.removesuffix(".weight")
         if module not in scales or not name.endswith(".weight"):
-            canonical[name] = tensors[name].cpu()
+            # A copy: the buffer the tensor lies in is filled again before this one is written.
+            canonical[name] = tensors[name].to("cpu", copy=True)
             continue
         canonical[name] = fp8.quantize(tensors[name], scales[module]).cpu()
         canonical[f"{module}.weight_scale"] = scales[module].cpu()

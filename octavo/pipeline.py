@@ -1,16 +1,15 @@
 """The main job: a checkpoint in, its FP8 edition out, one decoder layer at a time.
 
-A layer is read, run over the calibration tokens, folded into FP8, written and forgotten. One
-thread does all reading and writing: it fetches the next layer and stores the last one while the
-current one computes, and since it works in order, two layer buffers are enough.
+A layer is read, run over the calibration tokens, folded into FP8, written and forgotten. While it
+computes, one thread reads the next layer and another writes the last one.
 """
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,12 +196,11 @@ def _run_layers(
 ) -> dict[str, float]:
     """Calibrate, quantize and write every layer, and carry the rest over; returns all maxima."""
     maxima: dict[str, float] = {}
-    with ThreadPoolExecutor(1, thread_name_prefix="octavo-io") as io:
-        written: Future[None] | None = None
-        for index, tensors in _read_ahead(job, io):
+    with ThreadPoolExecutor(1, "octavo-write") as writes, closing(_read_ahead(job)) as layers:
+        # Each layer waits for the one before to be on disk, so at most two are held in memory.
+        written = writes.submit(_write_rest, job, writer)
+        for index, tensors in layers:
             plan = job.plans[index]
-            if index == len(job.plans) - 1:
-                rest = io.submit(_write_rest, job, writer)
             tensors = {name: tensor.to(job.decoder.device) for name, tensor in tensors.items()}
             with job.clock("quantize"):
                 # Before the layer is run: a NaN is the weight's fault, not the activations'.
@@ -218,25 +216,20 @@ def _run_layers(
             with job.clock("quantize"):
                 layer = canonical.quantize_layer(plan, tensors, weights, activations, job.scheme)
             with job.clock("wait for disk"):
-                if written is not None:
-                    written.result()
-            written = io.submit(_write_all, writer, job.dialect.encode(layer, job.scheme))
+                written.result()
+            written = writes.submit(_write_all, writer, job.dialect.encode(layer, job.scheme))
             maxima |= {name: value.item() for name, value in (activations | weights).items()}
             on_layer(index + 1)
         with job.clock("wait for disk"):
-            if written is not None:
-                written.result()
-            rest.result()
+            written.result()
     return maxima
 
 
-def _read_ahead(job: _Job, io: ThreadPoolExecutor) -> Iterator[tuple[int, dict[str, Tensor]]]:
+def _read_ahead(job: _Job) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
     """Each layer's tensors, the next layer's being read meanwhile.
 
-    Two buffers take turns. A layer's tensors lie in one of them and stay valid until the layer
-    after the next is read, which ``io`` does after everything submitted before.
+    Two buffers take turns: a layer's tensors are valid until the next layer is asked for.
     """
-
     checkpoint, plans = job.checkpoint, job.plans
 
     def size(plan: LayerPlan) -> int:
@@ -253,19 +246,20 @@ def _read_ahead(job: _Job, io: ThreadPoolExecutor) -> Iterator[tuple[int, dict[s
 
     largest = max(size(plan) for plan in plans)
     buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(2, len(plans)))]
-    upcoming = io.submit(read, 0)
-    for index in range(len(plans)):
-        with job.clock("wait for disk"):
-            tensors = upcoming.result()
-        if index + 1 < len(plans):
-            upcoming = io.submit(read, index + 1)
-        yield index, tensors
+    with ThreadPoolExecutor(1, "octavo-read") as reads:
+        upcoming = reads.submit(read, 0)
+        for index in range(len(plans)):
+            with job.clock("wait for disk"):
+                tensors = upcoming.result()
+            if index + 1 < len(plans):
+                upcoming = reads.submit(read, index + 1)
+            yield index, tensors
 
 
 def _write_all(writer: CheckpointWriter, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         writer.write(name, tensor)
-    # Now, while the next layer computes, rather than all at the end.
+    # Now, while layers compute, rather than all at the end.
     writer.sync()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ class Checkpoint:
                 self._places[name] = (path, entry)
         self._check_index()
         self._descriptors: dict[Path, int] = {}
+        # Tensors may be read from several threads.
+        self._lock = threading.Lock()
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -155,9 +158,10 @@ class Checkpoint:
             os.close(self._descriptors.popitem()[1])
 
     def _descriptor(self, path: Path) -> int:
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[path]
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[path]
 
     def _shards(self) -> list[Path]:
         index_path = self.directory / INDEX_NAME
