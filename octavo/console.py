@@ -75,7 +75,7 @@ class LayerProgress:
         if self._begin is None or done == self._first:
             return ""
         per_layer = max(now - self._begin, 1e-9) / (done - self._first)
-        speed = f"{tokens * total / (per_layer * total) / total:,.0f} tokens/s, " if tokens else ""
+        speed = f"{tokens / (per_layer * total):,.0f} tokens/s, " if tokens else ""
         return f"{speed}{1 / per_layer:.1f} layers/s, {per_layer * (total - done):.0f} s left"
 
 

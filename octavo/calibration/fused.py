@@ -84,5 +84,6 @@ def _rotary(original: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tu
 
 
 def _with_amax(tensor: Tensor, amax: Tensor) -> Tensor:
+    # An attribute of our own, which the type of a tensor does not list.
     tensor.octavo_amax = amax  # type: ignore[attr-defined]
     return tensor

@@ -33,11 +33,11 @@ class CalibrationStream:
         """
         self._decoder = decoder
         batch = max(1, _BATCH_TOKENS[decoder.device.type] // tokens.shape[1])
-        self._hidden, self._kwargs = decoder.embed(tokens, batch)
+        hidden, self._kwargs = decoder.embed(tokens, batch)
         # A multiple of four batches of equal size, so that no core of a few waits for a last one.
         # Not of the number of cores: results should not depend on that.
         self._batches = torch.tensor_split(
-            self._hidden, min(-(-len(tokens) // (4 * batch)) * 4, len(tokens))
+            hidden, min(-(-len(tokens) // (4 * batch)) * 4, len(tokens))
         )
         # On a CPU each core works on a batch of its own: no operation waits for another thread,
         # those that PyTorch does not parallelize run in parallel too, and a core that is busy
