@@ -11,6 +11,7 @@ architecture: the model's own ``forward`` runs once with recorders in place of i
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,11 +45,57 @@ class KeyValueProbe(nn.Module):
 
 
 def _probed_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``transformers``' SDPA attention, after showing keys and values to the block's probe."""
     module.kv_probe(key, value)
-    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    tokens = query.shape[2]
+    if (
+        attention_mask is None
+        and query.device.type == "cpu"
+        and _SLICE < tokens == key.shape[2] <= _KEY_BLOCK
+    ):
+        return _sliced_attention(query, key, value, kwargs.get("scaling")), None
+    result: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return result
+
+
+# PyTorch's CPU kernel takes this many keys at a time and skips none but whole blocks, so that causal
+# attention over up to so many tokens computes the full square.
+_KEY_BLOCK = 512
+_SLICE = 128
+
+
+def _sliced_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Causal attention, bit for bit PyTorch's, a slice of queries at a time on the keys it may see."""
+    slices = []
+    for start in range(0, query.shape[2], _SLICE):
+        stop = min(start + _SLICE, query.shape[2])
+        slices.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, start:stop],
+                key[:, :, :stop],
+                value[:, :, :stop],
+                attn_mask=_causal_mask(start, stop, query.dtype) if start else None,
+                is_causal=not start,
+                scale=scale,
+                enable_gqa=True,
+            ).transpose(1, 2)
+        )
+    return torch.cat(slices, dim=1)
+
+
+@functools.cache
+def _causal_mask(start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """What queries ``start`` to ``stop`` add to their scores with keys 0 to ``stop``."""
+    return torch.full((stop - start, stop), -torch.inf).triu(start + 1).to(dtype)
 
 
 AttentionInterface.register(_ATTENTION, _probed_attention)

@@ -37,6 +37,8 @@ def amax(tensor: Tensor) -> Tensor:
     Returns:
         A float32 scalar, exact. NaN if any element is NaN, +inf if any is infinite.
     """
+    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous():
+        return kernels.amax(tensor)
     low, high = torch.aminmax(tensor)
     return torch.maximum(-low, high).float()
 

@@ -35,7 +35,8 @@ class AmaxObserver:
 
         def hook(_: nn.Module, args: tuple[Tensor, Tensor]) -> None:
             self._seen[key_name].append(tensor_amax(args[0]))
-            self._seen[value_name].append(tensor_amax(args[1]))
+            # As the projection wrote it, contiguous: a maximum does not depend on the order.
+            self._seen[value_name].append(tensor_amax(args[1].transpose(1, 2)))
 
         self._handles.append(probe.register_forward_pre_hook(hook))
 
