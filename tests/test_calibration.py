@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 import tiny
 from octavo import kernels
 from octavo.calibration import Calibration, CalibrationStream, load_tokens
-from octavo.calibration.fused import fused_kernels, tensor_amax
+from octavo.fused import fused_kernels, tensor_amax
 from octavo.checkpoint import Checkpoint
 from octavo.decoder import Decoder
 from reference import whole

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from octavo.calibration.fused import tensor_amax
+from octavo.fused import tensor_amax
 
 
 class AmaxObserver:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from octavo.calibration.fused import fused_kernels
+from octavo.fused import fused_kernels
 from octavo.calibration.observers import AmaxObserver
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
