@@ -14,6 +14,7 @@ from octavo.version import __version__
 
 if TYPE_CHECKING:
     from octavo.calibration import Calibration
+    from octavo.loading import load
     from octavo.pipeline import QuantizeResult, quantize
     from octavo.sample import sample_model
     from octavo.scheme import Scheme
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Calibration": "octavo.calibration",
     "QuantizeResult": "octavo.pipeline",
+    "load": "octavo.loading",
     "Scheme": "octavo.scheme",
     "quantize": "octavo.pipeline",
     "sample_model": "octavo.sample",
@@ -32,6 +34,7 @@ __all__ = [
     "QuantizeResult",
     "Scheme",
     "__version__",
+    "load",
     "quantize",
     "sample_model",
 ]

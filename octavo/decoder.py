@@ -10,96 +10,16 @@ architecture: the model's own ``forward`` runs once with recorders in place of i
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from octavo.attention import KeyValueCache
 from octavo.checkpoint import Checkpoint
-from octavo.errors import OctavoError, not_finite, one_line
-
-# Architectures whose streamed statistics are tested against the whole model.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-
-_ATTENTION = "octavo_sdpa"
-
-
-class KeyValueProbe(nn.Module):
-    """Sees keys and values as the cache holds them, after rotary embedding.
-
-    One sits in every attention block under the name ``kv_probe``; its forward does nothing, and
-    exists for forward hooks to be attached to.
-    """
-
-    def forward(self, key: Tensor, value: Tensor) -> None:
-        """Args: key and value, each ``[batch, kv_heads, tokens, head_dim]``."""
-
-
-def _probed_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """``transformers``' SDPA attention, after showing keys and values to the block's probe."""
-    module.kv_probe(key, value)
-    tokens = query.shape[2]
-    if (
-        attention_mask is None
-        and query.device.type == "cpu"
-        and _SLICE < tokens == key.shape[2] <= _KEY_BLOCK
-    ):
-        return _sliced_attention(query, key, value, kwargs.get("scaling")), None
-    result: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, **kwargs
-    )
-    return result
-
-
-# PyTorch's CPU kernel takes this many keys at a time and skips none but whole blocks, so that causal
-# attention over up to so many tokens computes the full square.
-_KEY_BLOCK = 512
-_SLICE = 128
-
-
-def _sliced_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention, bit for bit PyTorch's, a slice of queries at a time on the keys it may see."""
-    slices = []
-    for start in range(0, query.shape[2], _SLICE):
-        stop = min(start + _SLICE, query.shape[2])
-        slices.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, start:stop],
-                key[:, :, :stop],
-                value[:, :, :stop],
-                attn_mask=_causal_mask(start, stop, query.dtype) if start else None,
-                is_causal=not start,
-                scale=scale,
-                enable_gqa=True,
-            ).transpose(1, 2)
-        )
-    return torch.cat(slices, dim=1)
-
-
-@functools.cache
-def _causal_mask(start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """What queries ``start`` to ``stop`` add to their scores with keys 0 to ``stop``."""
-    return torch.full((stop - start, stop), -torch.inf).triu(start + 1).to(dtype)
-
-
-AttentionInterface.register(_ATTENTION, _probed_attention)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+from octavo.errors import not_finite
+from octavo.skeleton import build_skeleton, check_tensors
 
 
 class _Recorder(nn.Module):
@@ -135,18 +55,17 @@ class Decoder:
         """
         self.checkpoint = checkpoint
         self.device = device
-        self.config, model = _build_skeleton(checkpoint)
-        model.train(False).requires_grad_(False)
+        self.config, model = build_skeleton(checkpoint)
         self._base: Any = model.model
         self._prefix = "model."
         self.layers: list[nn.Module] = list(self._base.layers)
-        self._check_shapes(model)
+        check_tensors(checkpoint, model, model.state_dict())
         self.dtype = checkpoint[self._embedding_name].dtype
         # The only buffers of the skeleton that no checkpoint holds.
         self._base.rotary_emb = type(self._base.rotary_emb)(self.config).to(device)
         self._base.norm = nn.Identity()
         for _, block in self.attention_blocks():
-            block.kv_probe = KeyValueProbe()
+            block.kv_cache = KeyValueCache()
         recorders: Any = [_Recorder(layer) for layer in self.layers]
         self._recorders: list[_Recorder] = recorders
         self._base.layers = nn.ModuleList(recorders)
@@ -237,62 +156,3 @@ class Decoder:
     @property
     def _embedding_name(self) -> str:
         return f"{self._prefix}embed_tokens.weight"
-
-    def _check_shapes(self, model: nn.Module) -> None:
-        tied = set(getattr(model, "all_tied_weights_keys", ()))
-        for name, expected in model.state_dict().items():
-            if name in tied and name not in self.checkpoint:
-                continue
-            if name not in self.checkpoint:
-                raise OctavoError(
-                    f"{self.checkpoint.directory} has no tensor {name!r}, which config.json "
-                    f"(model_type {self.config.model_type!r}) calls for. "
-                    "Check that config.json and the weights belong together."
-                )
-            entry = self.checkpoint[name]
-            if entry.shape != tuple(expected.shape):
-                raise OctavoError(
-                    f"tensor {name!r} in {self.checkpoint.file_of(name)} has shape {list(entry.shape)}, "
-                    f"config.json calls for {list(expected.shape)}. "
-                    "Check that config.json and the weights belong together."
-                )
-            if entry.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                raise OctavoError(
-                    f"tensor {name!r} in {self.checkpoint.file_of(name)} is {entry.dtype}, expected "
-                    "bfloat16, float16 or float32. Start from the original, unquantized checkpoint."
-                )
-
-
-def _build_skeleton(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    path = checkpoint.directory / "config.json"
-    kind = checkpoint.config.get("model_type")
-    if kind not in SUPPORTED:
-        raise OctavoError(
-            f"{path} has model_type {kind!r}, which is not supported. "
-            f"Supported: {', '.join(SUPPORTED)}. Octavo never runs code from a checkpoint: "
-            "--trust-remote-code does not exist."
-        )
-    try:
-        # A copy: from_dict writes into what it is given.
-        content = copy.deepcopy(checkpoint.config)
-        config = CONFIG_MAPPING[kind].from_dict(content, attn_implementation=_ATTENTION)
-        build: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        with torch.device("meta"):
-            model: PreTrainedModel = build(config)
-    except Exception as error:  # transformers raises many kinds for many faults of a config
-        raise OctavoError(
-            f"{path} is not a valid {kind} configuration: {one_line(error)}. "
-            "Restore the file from the original checkpoint."
-        ) from error
-    if config.num_hidden_layers < 1:
-        raise OctavoError(
-            f"{path} has num_hidden_layers {config.num_hidden_layers}, expected at least 1. "
-            "Restore the file from the original checkpoint."
-        )
-    beyond = f"model.layers.{config.num_hidden_layers}."
-    if any(name.startswith(beyond) for name in checkpoint):
-        raise OctavoError(
-            f"{path} has num_hidden_layers {config.num_hidden_layers}, but the weights have tensors of "
-            f"a further layer ({beyond}*). Check that config.json and the weights belong together."
-        )
-    return config, model

@@ -23,9 +23,9 @@ from octavo import kernels
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
-# Elements of the float32 work buffer: 4 MB, small enough for a core's cache, large enough that
-# the cost of a call does not count.
-_CHUNK = 1 << 20
+# Elements of the float32 work buffer, by kind of device: small enough for a core's cache, or to be
+# no burden on a GPU, and large enough that the cost of a call does not count.
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def amax(tensor: Tensor) -> Tensor:
@@ -72,12 +72,13 @@ def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
     if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
         kernels.to_e4m3(source, scale.item(), target)
         return codes
-    buffer = torch.empty(min(_CHUNK, source.numel()), dtype=torch.float32, device=tensor.device)
-    for start in range(0, source.numel(), _CHUNK):
-        piece = source[start : start + _CHUNK]
+    chunk = _CHUNK[tensor.device.type]
+    buffer = torch.empty(min(chunk, source.numel()), dtype=torch.float32, device=tensor.device)
+    for start in range(0, source.numel(), chunk):
+        piece = source[start : start + chunk]
         work = buffer[: piece.numel()].copy_(piece)
         work.div_(scale).clamp_(-E4M3_MAX, E4M3_MAX)
-        target[start : start + _CHUNK].copy_(work)
+        target[start : start + chunk].copy_(work)
     return codes
 
 
@@ -92,3 +93,20 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
         float32, the shape of ``codes``.
     """
     return codes.to(torch.float32).mul_(scale)
+
+
+def round_trip(tensor: Tensor, scale: Tensor) -> Tensor:
+    """What is left of ``tensor`` after E4M3 storage: quantized and dequantized.
+
+    Args:
+        tensor: any shape, any floating dtype.
+        scale: float32 scalar, positive.
+
+    Returns:
+        The shape and dtype of ``tensor``.
+    """
+    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
+        result = torch.empty(tensor.shape, dtype=tensor.dtype)
+        kernels.through_e4m3(tensor.reshape(-1), scale.item(), result.view(-1))
+        return result
+    return dequantize(quantize(tensor, scale), scale).to(tensor.dtype)

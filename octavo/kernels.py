@@ -162,6 +162,82 @@ def _to_e4m3(x: Any, scale: Any, codes: Any) -> Any:
         codes[i] = np.uint8(sign | code)
 
 
+@njit(inline="always")
+def _nearest_e4m3(value: Any) -> Any:
+    """The E4M3 number nearest to a float32, saturated at ±448; NaN becomes 448."""
+    bits = _bits(value)
+    sign = np.uint32(bits & np.uint32(0x80000000))
+    # The bits of 448.
+    magnitude = np.uint32(min(np.uint32(bits & np.uint32(0x7FFFFFFF)), np.uint32(0x43E00000)))
+    odd = (magnitude >> np.uint32(20)) & np.uint32(1)
+    normal = np.uint32((magnitude + np.uint32(0x7FFFF) + odd) & np.uint32(0xFFF00000))
+    # Below 2^-6 the unit is 2^-9, as it is of floats from 2^14 on.
+    subnormal = _bits((_float(magnitude) + np.float32(16384)) - np.float32(16384))
+    return _float(sign | (normal if magnitude >= np.uint32(0x3C800000) else subnormal))
+
+
+# Adding and taking away 2^14 must stay two operations: no fastmath here.
+@njit(**{**_JIT, "fastmath": False})
+def _round_to_e4m3(x: Any, scale: Any, out: Any) -> Any:
+    for i in range(x.shape[0]):
+        # Exact: an E4M3 number has fewer bits than a BF16 one.
+        out[i] = np.uint16(_bits(_nearest_e4m3(_widen(x[i]) / scale)) >> np.uint32(16))
+
+
+@njit(**{**_JIT, "fastmath": False})
+def _through_e4m3(x: Any, scale: Any, out: Any) -> Any:
+    for i in range(x.shape[0]):
+        out[i] = _round(_nearest_e4m3(_widen(x[i]) / scale) * scale)
+
+
+@njit(**{**_JIT, "fastmath": False})
+def _from_e4m3(codes: Any, out: Any) -> Any:
+    for i in range(codes.shape[0]):
+        code = np.uint32(codes[i])
+        sign = np.uint32((code & np.uint32(0x80)) << np.uint32(24))
+        magnitude = np.uint32(code & np.uint32(0x7F))
+        # Normal numbers: the seven bits in their place, and the bias from 7 to 127.
+        normal = np.uint32((magnitude << np.uint32(20)) + np.uint32(120 << 23))
+        # Below 2^-6: mantissa bits behind a leading one, which is taken away again.
+        shifted = np.uint32((magnitude << np.uint32(20)) | np.uint32(0x3C800000))
+        subnormal = _bits(_float(shifted) - np.float32(2**-6))
+        bits = normal if magnitude >= np.uint32(8) else subnormal
+        bits = bits if magnitude < np.uint32(0x7F) else np.uint32(0x7FC00000)
+        out[i] = np.uint16((sign | bits) >> np.uint32(16))
+
+
+def round_to_e4m3(x: Tensor, scale: float, out: Tensor) -> None:
+    """Write ``x / scale``, saturated at ±448 and rounded to E4M3, as the BF16 numbers these are.
+
+    Args:
+        x: bfloat16, one-dimensional, contiguous, on the CPU.
+        scale: a float32 value, positive.
+        out: bfloat16 of the same length, written; may be ``x``.
+    """
+    _round_to_e4m3(_raw(x), np.float32(scale), _raw(out))
+
+
+def through_e4m3(x: Tensor, scale: float, out: Tensor) -> None:
+    """Write what is left of ``x`` after E4M3 storage: quantized with ``scale`` and dequantized to BF16.
+
+    Args:
+        x: bfloat16, one-dimensional, contiguous, on the CPU.
+        scale: a float32 value, positive.
+        out: bfloat16 of the same length, written; may be ``x``.
+    """
+    _through_e4m3(_raw(x), np.float32(scale), _raw(out))
+
+
+def from_e4m3(codes: Tensor, out: Tensor) -> None:
+    """Write E4M3 codes as the BF16 numbers they are, exactly.
+
+    Args:
+        codes: ``float8_e4m3fn``, one-dimensional, contiguous, on the CPU.
+        out: bfloat16 of the same length, written.
+    """
+    _from_e4m3(codes.view(torch.uint8).numpy(), _raw(out))
+
+
 def to_e4m3(x: Tensor, scale: float, codes: Tensor) -> None:
     """Write ``x / scale``, saturated at ±448 and rounded to nearest even, as E4M3 codes.
 

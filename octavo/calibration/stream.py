@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from octavo.fused import fused_kernels
 from octavo.calibration.observers import AmaxObserver
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
+from octavo.fused import fused_kernels
 
 # Tokens computed at a time: enough to keep matrix products efficient, few enough that the
 # activations of a batch stay small.
@@ -76,7 +76,7 @@ class CalibrationStream:
                 if name in watched:
                     observer.watch_input(name, linear)
             for name, block in self._decoder.attention_blocks(index):
-                observer.watch_key_value(f"{name}.k", f"{name}.v", block.kv_probe)
+                observer.watch_key_value(f"{name}.k", f"{name}.v", block.kv_cache)
             self._forward(layer, self._kwargs[index])
         maxima = observer.result()
         for name, value in maxima.items():

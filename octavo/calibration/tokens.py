@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octavo.calibration.text import BUILTIN, documents
 from octavo.errors import OctavoError, one_line
+from octavo.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def load_tokens(
         samples = calibration.samples or 128
         seq_len = calibration.seq_len or min(512, max_positions)
         _check_length(seq_len, max_positions)
-        windows = _tokenize(calibration, _load_tokenizer(model), seq_len, samples * _POOL)
+        windows = _tokenize(calibration, load_tokenizer(model), seq_len, samples * _POOL)
     _check_length(windows.shape[1], max_positions)
     if windows.min() < 0 or windows.max() >= vocab_size:
         raise OctavoError(
@@ -115,18 +116,6 @@ def _load_ids(path: Path, seq_len: int | None) -> np.ndarray:
             f"Choose at most {ids.shape[1]}."
         )
     return np.asarray(ids[:, :seq_len])
-
-
-def _load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here
-        raise OctavoError(
-            f"{model} has no usable tokenizer: {one_line(error)}. Copy the model's tokenizer files there, "
-            "or pass token ids as --calib FILE.npy."
-        ) from error
 
 
 def _tokenize(

@@ -11,15 +11,28 @@ wrote the edition.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from octavo.formats.dialect import Dialect, Json, Tensors, rename_suffixes
+from octavo.formats.dialect import (
+    Dialect,
+    Json,
+    Tensors,
+    inverse,
+    rename_suffix,
+    rename_suffixes,
+    unsupported,
+)
 from octavo.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+_KV_SCALES = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}
+_INPUTS: dict[str, Literal["static", "dynamic"]] = {
+    "FP8": "static",
+    "FP8_PER_CHANNEL_PER_TOKEN": "dynamic",
+}
 _FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
@@ -31,7 +44,7 @@ def encode(tensors: Tensors, scheme: Scheme) -> dict[str, Tensor]:
             if name.endswith(".weight_scale"):
                 channels = tensors[name.removesuffix("_scale")].shape[0]
                 encoded[name] = tensors[name].expand(channels)
-    return rename_suffixes(encoded, {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"})
+    return rename_suffixes(encoded, _KV_SCALES)
 
 
 def configs(base: Json, scheme: Scheme, unquantized: Sequence[str]) -> dict[str, Json]:
@@ -64,4 +77,30 @@ def configs(base: Json, scheme: Scheme, unquantized: Sequence[str]) -> dict[str,
     }
 
 
-DIALECT = Dialect(encode, configs)
+def recognizes(section: Json) -> bool:
+    """Both of its files, merged by the reader, say who produced them."""
+    producer = section.get("producer")
+    named = isinstance(producer, dict) and producer.get("name") == "modelopt"
+    return section.get("quant_method") == "modelopt" or named
+
+
+def scheme(section: Json) -> Scheme:
+    """What ``config.json``'s section, or ``hf_quant_config.json``'s, promises."""
+    # The older file keeps everything one level down, and names the cache differently.
+    inner = section.get("quantization")
+    section = {**section, **inner} if isinstance(inner, dict) else section
+    algorithm = section.get("quant_algo")
+    if algorithm not in _INPUTS:
+        raise unsupported("modelopt", f"quant_algo {algorithm!r}")
+    cache = section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo")
+    if cache not in (None, "FP8") and not (isinstance(cache, dict) and cache.get("num_bits") == 8):
+        raise unsupported("modelopt", f"the KV cache {cache!r}")
+    return Scheme(inputs=_INPUTS[algorithm], kv_cache="fp8" if cache else "none")
+
+
+def canonical_name(name: str) -> str:
+    """ModelOpt keeps KV scales beside the projections they belong to."""
+    return rename_suffix(name, inverse(_KV_SCALES))
+
+
+DIALECT = Dialect(encode, configs, recognizes, scheme, canonical_name)

@@ -9,12 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from octavo.formats.dialect import Dialect, Json, Tensors, rename_suffixes
+from octavo.formats.dialect import (
+    Dialect,
+    Json,
+    Tensors,
+    inverse,
+    rename_suffix,
+    rename_suffixes,
+    unsupported,
+)
 from octavo.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_KV_SCALES = {"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"}
 _PER_TENSOR: Json = {
     "block_size": None,
     "ch_axis": None,
@@ -46,9 +55,7 @@ _KV_CACHE: Json = {**_PER_TENSOR, "scale_type": None}
 
 def encode(tensors: Tensors, scheme: Scheme) -> dict[str, Tensor]:
     """Canonical tensors to Quark's names."""
-    return rename_suffixes(
-        tensors, {"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"}
-    )
+    return rename_suffixes(tensors, _KV_SCALES)
 
 
 def configs(base: Json, scheme: Scheme, unquantized: Sequence[str]) -> dict[str, Json]:
@@ -85,4 +92,32 @@ def configs(base: Json, scheme: Scheme, unquantized: Sequence[str]) -> dict[str,
     return {"config.json": {**base, "quantization_config": quantization}}
 
 
-DIALECT = Dialect(encode, configs)
+def recognizes(section: Json) -> bool:
+    """By the method's name."""
+    return section.get("quant_method") == "quark"
+
+
+def scheme(section: Json) -> Scheme:
+    """What the section promises."""
+    layer = section.get("global_quant_config")
+    layer = layer if isinstance(layer, dict) else {}
+    weight, inputs = layer.get("weight"), layer.get("input_tensors")
+    for what, tensor in (("weights", weight), ("inputs", inputs)):
+        if not isinstance(tensor, dict) or tensor.get("dtype") != "fp8_e4m3":
+            raise unsupported("quark", f"{what} of the kind {tensor!r}")
+    assert isinstance(inputs, dict)
+    dynamic = inputs.get("is_dynamic") is True
+    if dynamic and inputs.get("qscheme") != "per_channel":
+        # Quark's channels of an input are its tokens.
+        raise unsupported("quark", f"dynamic inputs {inputs.get('qscheme')!r}")
+    export = section.get("export")
+    groups = export.get("kv_cache_group") if isinstance(export, dict) else None
+    return Scheme(inputs="dynamic" if dynamic else "static", kv_cache="fp8" if groups else "none")
+
+
+def canonical_name(name: str) -> str:
+    """Quark keeps KV scales as output scales of the projections they belong to."""
+    return rename_suffix(name, inverse(_KV_SCALES))
+
+
+DIALECT = Dialect(encode, configs, recognizes, scheme, canonical_name)

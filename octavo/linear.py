@@ -1,0 +1,182 @@
+"""A linear layer that computes in FP8, as an edition means it.
+
+The input is divided by its scale, clamped and rounded to E4M3; the product is of E4M3 numbers; the
+result is rescaled. On a GPU with FP8 tensor cores that is ``torch._scaled_mm``. Elsewhere the same
+numbers take another way: every E4M3 number is a BF16 number, so decoded weights and rounded inputs
+go through PyTorch's BF16 product, which accumulates in float32 like the tensor cores do and applies
+the scale there, before it rounds to BF16 once.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from octavo import fp8, kernels
+
+# Elements of a tile of decoded weights: 32 MB of BF16, reused by all layers a thread runs.
+_TILE = 1 << 24
+_tiles = threading.local()
+
+
+class Rounded(NamedTuple):
+    """An input as FP8 sees it.
+
+    Attributes:
+        values: E4M3 numbers, ``[rows, in]``: as ``float8_e4m3fn`` where the product takes that, else
+            in the dtype the product is computed in.
+        scale: float32, a scalar (static) or ``[rows, 1]`` (dynamic, per token).
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+class Fp8Linear(nn.Module):
+    """``y = x Wᵀ + b`` in E4M3.
+
+    Attributes:
+        weight: ``float8_e4m3fn`` ``[out, in]``.
+        weight_scale: float32, a scalar or ``[out, 1]``.
+        input_scale: float32 scalar; absent (None) where inputs are scaled per token as they come.
+        bias: the model's dtype, ``[out]``, or None.
+    """
+
+    def __init__(self, like: nn.Linear, *, static: bool, channels: bool) -> None:
+        """On the meta device, to be filled.
+
+        Args:
+            like: the layer it takes the place of.
+            static: whether inputs have a scale of their own.
+            channels: whether each output channel has a weight scale of its own.
+        """
+        super().__init__()
+        self.in_features, self.out_features = like.in_features, like.out_features
+
+        def scale(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device="meta")
+
+        self.register_buffer("weight", torch.empty_like(like.weight, dtype=fp8.E4M3))
+        self.register_buffer("weight_scale", scale(like.out_features, 1) if channels else scale())
+        self.register_buffer("input_scale", scale() if static else None)
+        self.register_parameter("bias", like.bias)
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    bias: nn.Parameter | None
+
+    def extra_repr(self) -> str:
+        """The shape and how inputs are scaled, as ``print(model)`` shows it."""
+        inputs = "dynamic" if self.input_scale is None else "static"
+        return f"in_features={self.in_features}, out_features={self.out_features}, inputs={inputs}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x, any floating dtype, ``[..., in]``. Returns ``[..., out]`` in its dtype."""
+        if _has_tensor_cores(self.weight):
+            result = self._scaled_product(_quantize(x, self.input_scale), x.dtype)
+        else:
+            result = self._tiled_product(_round(x, self.input_scale))
+        return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _scaled_product(self, x: Rounded, dtype: torch.dtype) -> Tensor:
+        row_wise = x.scale.ndim or self.weight_scale.ndim
+        scales = (x.scale, self.weight_scale.t())
+        if row_wise:
+            # The row-wise product wants a scale for each row and each column.
+            rows, columns = len(x.values), self.out_features
+            scales = (
+                scales[0].expand(rows, 1).contiguous(),
+                scales[1].expand(1, columns).contiguous(),
+            )
+        # The row-wise product gives BF16 alone; it takes the bias in the dtype it gives.
+        out = torch.bfloat16 if row_wise or dtype == torch.float32 else dtype
+        return torch._scaled_mm(
+            x.values,
+            self.weight.t(),
+            *scales,
+            bias=None if self.bias is None else self.bias.to(out),
+            out_dtype=out,
+        )
+
+    def _tiled_product(self, x: Rounded) -> Tensor:
+        """``[rows, out]``, some output channels at a time."""
+        step = max(1, _TILE // self.in_features)
+        parts = []
+        for start in range(0, self.out_features, step):
+            channels = slice(start, start + step)
+            weight = _decode(self.weight[channels], x.values.dtype)
+            scale = self.weight_scale[channels] if self.weight_scale.ndim else self.weight_scale
+            bias = None if self.bias is None else self.bias[channels]
+            parts.append(_product(x, weight, scale, bias))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _product(x: Rounded, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``[rows, channels]``, scaled, in the dtype of ``weight``."""
+    if not x.scale.ndim and not weight_scale.ndim:
+        # One scale: applied to the float32 accumulators.
+        alpha = (x.scale * weight_scale).item()
+        added = weight.new_zeros(()) if bias is None else bias.to(weight.dtype)
+        return torch.addmm(added, x.values, weight.t(), beta=bias is not None, alpha=alpha)
+    # One for each row and column: applied to the product as PyTorch rounds it.
+    product = (x.values @ weight.t()).float().mul_(x.scale).mul_(weight_scale.reshape(1, -1))
+    if bias is not None:
+        product += bias
+    return product.to(weight.dtype)
+
+
+def _decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """E4M3 numbers ``[channels, in]`` in ``dtype``, valid until the thread decodes the next."""
+    if dtype != torch.bfloat16 or codes.device.type != "cpu":
+        return codes.to(dtype)
+    if not hasattr(_tiles, "buffer") or len(_tiles.buffer) < codes.numel():
+        _tiles.buffer = torch.empty(codes.numel(), dtype=dtype)
+    decoded: Tensor = _tiles.buffer[: codes.numel()]
+    kernels.from_e4m3(codes.reshape(-1), decoded)
+    return decoded.view(codes.shape)
+
+
+def _scale_of(x: Tensor, static: Tensor | None) -> Tensor:
+    if static is not None:
+        return static
+    return fp8.scale_from_amax(x.abs().amax(dim=-1, keepdim=True).float())
+
+
+def _quantize(x: Tensor, static: Tensor | None) -> Rounded:
+    """``x`` as E4M3 codes."""
+    rows = x.reshape(-1, x.shape[-1])
+    scale = _scale_of(rows, static)
+    limit = fp8.E4M3_MAX
+    return Rounded((rows.float() / scale).clamp_(-limit, limit).to(fp8.E4M3), scale)
+
+
+def _round(x: Tensor, static: Tensor | None) -> Rounded:
+    """``x`` rounded to E4M3 numbers, in BF16 if it is BF16 and in float32 otherwise.
+
+    Kept on the tensor: projections that share their input share its rounding too.
+    """
+    known: dict[float | None, Rounded] = getattr(x, "octavo_rounded", {})
+    key = None if static is None else static.item()
+    if key not in known:
+        if static is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            values = torch.empty(x.shape, dtype=x.dtype).view(-1, x.shape[-1])
+            kernels.round_to_e4m3(x.reshape(-1), static.item(), values.view(-1))
+            known[key] = Rounded(values, static)
+        else:
+            codes = _quantize(x, static)
+            dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+            known[key] = Rounded(codes.values.to(dtype), codes.scale)
+        # An attribute of our own, which the type of a tensor does not list.
+        x.octavo_rounded = known  # type: ignore[attr-defined]
+    return known[key]
+
+
+def _has_tensor_cores(weight: Tensor) -> bool:
+    """Whether the GPU multiplies FP8 (Ada, Hopper and later) and takes a matrix of this shape."""
+    if weight.device.type != "cuda" or any(size % 16 for size in weight.shape):
+        return False
+    return torch.cuda.get_device_capability(weight.device) >= (8, 9)
