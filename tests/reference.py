@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,45 @@ def whole(model: Path, tokens: Tensor) -> dict[str, float]:
     with torch.inference_mode():
         loaded.model(input_ids=tokens, use_cache=False)
     return found
+
+
+def rounded(x: Tensor, scale: Tensor) -> Tensor:
+    """``x`` quantized to E4M3 with ``scale`` and back, with PyTorch's own casts, in float32."""
+    codes = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes.float() * scale
+
+
+def fake_quantized(source: Path, edition: Mapping[str, Tensor]) -> Any:
+    """The unquantized model in float32, with everything an edition in the ModelOpt dialect rounds,
+    rounded, by operations on whole float32 tensors."""
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="test_fp8_cache"
+    ).eval()
+    for name, module in model.named_modules():
+        if f"{name}.weight_scale" in edition:
+            scale = edition[f"{name}.weight_scale"].reshape(-1, 1)
+            module.weight.data = edition[f"{name}.weight"].float() * scale
+            static = edition.get(f"{name}.input_scale")
+            module.register_forward_pre_hook(
+                lambda _, args, static=static: rounded_input(args[0], static)
+            )
+        if f"{name}.k_proj.k_scale" in edition:
+            module.scales = [edition[f"{name}.{kind}_proj.{kind}_scale"] for kind in "kv"]
+    return model
+
+
+def rounded_input(x: Tensor, static: Tensor | None) -> Tensor:
+    return rounded(x, x.abs().amax(-1, keepdim=True) / 448 if static is None else static)
+
+
+def _fp8_cache_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kw: Any
+) -> Any:
+    if hasattr(module, "scales"):
+        k, v = rounded(k, module.scales[0]), rounded(v, module.scales[1])
+    return sdpa_attention_forward(module, q, k, v, *args, **kw)
+
+
+AttentionInterface.register("test_fp8_cache", _fp8_cache_attention)
+AttentionMaskInterface.register("test_fp8_cache", sdpa_mask)

@@ -1,0 +1,342 @@
+"""``octavo.load``: FP8 layers against float64, whole models against float32 fake quantization."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import tiny
+from octavo import Calibration, OctavoError, Scheme, kernels, linear, load, quantize
+from octavo.linear import Fp8Linear
+from reference import fake_quantized
+
+E4M3 = torch.float8_e4m3fn
+STATIC = Scheme()
+DYNAMIC = Scheme(inputs="dynamic", kv_cache="none")
+
+
+def all_codes() -> Tensor:
+    return torch.arange(256).to(torch.uint8).view(E4M3)
+
+
+class TestKernels:
+    def test_every_code_decodes_as_torch_decodes_it(self) -> None:
+        codes, out = all_codes(), torch.empty(256, dtype=torch.bfloat16)
+        kernels.from_e4m3(codes, out)
+        assert torch.equal(out.view(torch.int16)[:127], codes.bfloat16().view(torch.int16)[:127])
+        torch.testing.assert_close(out, codes.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("scale", [1.0, 0.013, 37.5, 2.0**-20])
+    def test_every_bf16_number_rounds_as_torch_rounds_it(self, scale: float) -> None:
+        x = torch.arange(65536).to(torch.uint16).view(torch.bfloat16)
+        x = x[x.isfinite()]
+        expected = (x.float() / scale).clamp(-448, 448).to(E4M3)
+        values, stored = torch.empty_like(x), torch.empty_like(x)
+        kernels.round_to_e4m3(x, scale, values)
+        kernels.through_e4m3(x, scale, stored)
+        assert torch.equal(values, expected.bfloat16())
+        assert torch.equal(stored, (expected.float() * scale).bfloat16())
+
+
+def layer(
+    dtype: torch.dtype, *, static: bool, channels: bool, bias: bool, size: tuple[int, int]
+) -> Fp8Linear:
+    generator = torch.Generator().manual_seed(1)
+    with torch.device("meta"):
+        module = Fp8Linear(nn.Linear(size[1], size[0], bias=bias), static=static, channels=channels)
+    module.weight = (torch.randn(size, generator=generator) * 60).clamp(-448, 448).to(E4M3)
+    module.weight_scale = torch.rand(size[0], 1, generator=generator) * 1e-3 + 1e-4
+    if not channels:
+        module.weight_scale = module.weight_scale[0, 0].clone()
+    module.input_scale = torch.tensor(0.0123) if static else None
+    if bias:
+        module.bias = nn.Parameter(torch.randn(size[0], generator=generator).to(dtype), False)
+    return module
+
+
+def exact(module: Fp8Linear, x: Tensor) -> Tensor:
+    """The layer in float64, from its definition."""
+    scale = module.input_scale
+    if scale is None:
+        scale = x.float().abs().amax(-1, keepdim=True) / 448
+    codes = (x.float() / scale).clamp(-448, 448).to(E4M3)
+    result = (codes.double() * scale.double()) @ (
+        module.weight.double() * module.weight_scale.double()
+    ).T
+    return result if module.bias is None else result + module.bias.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
+@pytest.mark.parametrize("channels", [True, False], ids=["per channel", "per tensor"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("tile", [1 << 24, 1000], ids=["one tile", "many tiles"])
+def test_a_layer_computes_its_definition(
+    dtype: torch.dtype,
+    static: bool,
+    channels: bool,
+    bias: bool,
+    tile: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear, "_TILE", tile)
+    module = layer(dtype, static=static, channels=channels, bias=bias, size=(48, 80))
+    x = torch.randn(2, 9, 80, generator=torch.Generator().manual_seed(2)).to(dtype)
+    expected, found = exact(module, x), module(x)
+    assert found.dtype == dtype
+    assert found.shape == (2, 9, 48)
+    # One rounding to the result's dtype; with a scale for each row or column, BF16 takes a second.
+    roundings = 2 if dtype == torch.bfloat16 and (channels or not static) else 1
+    bound = roundings * torch.finfo(dtype).eps / 2 * 1.01
+    away = (found.double() - expected).abs()
+    # The product alone, which the first of two roundings rounds, may be larger than the sum.
+    product = expected if module.bias is None else expected - module.bias.double()
+    size = torch.maximum(expected.abs(), product.abs()) + away
+    assert (away <= bound * size + 1e-5 * expected.abs().max()).all()
+
+
+def test_one_scale_is_applied_before_the_only_rounding() -> None:
+    module = layer(torch.bfloat16, static=True, channels=False, bias=False, size=(256, 512))
+    x = torch.randn(300, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
+    same = module(x) == exact(module, x).bfloat16()
+    # All but where float32 accumulation lands on the other side of a tie.
+    assert same.float().mean() > 0.999
+
+
+def edition(kind: str, directory: Path, **options: Any) -> tuple[Path, Path]:
+    """A tiny checkpoint of architecture ``kind`` and its edition."""
+    dtype = options.pop("dtype", torch.float32)
+    model = tiny.build(kind, directory / "model", dtype=dtype)
+    ids = tiny.save_ids(directory / "ids.npy", samples=16, seq_len=32)
+    out = directory / "edition"
+    quantize(model, out, **{"calibration": Calibration(source=str(ids)), **options})
+    return model, out
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("scheme", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+def test_a_loaded_edition_is_the_fake_quantized_model(
+    kind: str, scheme: Scheme, tmp_path: Path
+) -> None:
+    source, out = edition(kind, tmp_path, scheme=scheme)
+    reference = fake_quantized(source, load_file(out / "model.safetensors"))
+    model, tokenizer = load(out)
+    assert tokenizer is None
+    ids = torch.randint(tiny.VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = reference(ids).logits, model(ids).logits
+        plain = load(source)[0](ids).logits
+    # In float32 the two differ where a value lands on the other side of a tie between two codes.
+    error = (found - expected).norm() / expected.norm()
+    cost = (plain - expected).norm() / expected.norm()
+    assert error < 0.1 * cost, f"{error=} {cost=}"
+
+
+@pytest.mark.parametrize("format", ["modelopt", "quark"])
+def test_dialects_hold_the_same_model(format: str, tmp_path: Path) -> None:
+    _, ours = edition("llama", tmp_path / "a", dtype=torch.bfloat16)
+    _, other = edition("llama", tmp_path / "b", dtype=torch.bfloat16, format=format)
+    ids = torch.arange(20).reshape(1, -1)
+    with torch.inference_mode():
+        assert torch.equal(load(ours)[0](ids).logits, load(other)[0](ids).logits)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_unquantized_checkpoint_loads_as_transformers_loads_it(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    source = tiny.build(kind, tmp_path / "model", tie_word_embeddings=tied, shards=3)
+    auto: Any = AutoModelForCausalLM
+    ids = torch.arange(20).reshape(1, -1)
+    with torch.inference_mode():
+        expected = auto.from_pretrained(source, dtype="auto")(ids).logits
+        assert torch.equal(load(source)[0](ids).logits, expected)
+
+
+def test_weights_are_held_in_fp8(tmp_path: Path) -> None:
+    _, out = edition("llama", tmp_path, dtype=torch.bfloat16)
+    model, _ = load(out)
+    held = {name: tensor for name, tensor in model.state_dict().items() if "proj" in name}
+    weights = [tensor for name, tensor in held.items() if name.endswith(".weight")]
+    assert len(weights) == 14
+    assert all(weight.dtype == E4M3 for weight in weights)
+    assert model.dtype == torch.bfloat16
+
+
+class TestGenerate:
+    @pytest.fixture(scope="class")
+    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Any:
+        return load(edition("llama", tmp_path_factory.mktemp("generate"))[1])[0]
+
+    def test_the_cache_changes_nothing(self, model: Any) -> None:
+        prompt = torch.arange(3, 15).reshape(1, -1)
+        with torch.inference_mode():
+            cached = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+            tokens = prompt
+            for _ in range(12):
+                after = model(tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+                tokens = torch.cat([tokens, after], dim=1)
+        assert torch.equal(cached, tokens)
+
+    def test_the_cache_holds_rounded_keys_and_values(self, model: Any) -> None:
+        with torch.inference_mode():
+            cache = model(torch.arange(10).reshape(1, -1), use_cache=True).past_key_values
+        for held, block in zip(cache.layers, model.model.layers, strict=True):
+            for tensor, scale in (
+                (held.keys, block.self_attn.kv_cache.k_scale),
+                (held.values, block.self_attn.kv_cache.v_scale),
+            ):
+                assert torch.equal(((tensor / scale).to(E4M3).float() * scale), tensor)
+
+    def test_a_left_padded_batch_gives_what_each_prompt_gives(self, model: Any) -> None:
+        prompts = [torch.arange(5, 9), torch.arange(30, 47)]
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.stack([nn.functional.pad(p, (width - len(p), 0)) for p in prompts])
+        mask = torch.stack(
+            [nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]
+        )
+        options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+        with torch.inference_mode():
+            together = model.generate(ids, attention_mask=mask, **options)[:, width:]
+            for row, prompt in zip(together, prompts, strict=True):
+                alone = model.generate(prompt.reshape(1, -1), **options)[0, len(prompt) :]
+                assert torch.equal(row, alone)
+
+
+def test_memory_while_loading_is_the_checkpoint_and_little_more(tmp_path: Path) -> None:
+    """Peak above the imports, in a process of its own."""
+    model = tiny.build(
+        "llama",
+        tmp_path / "model",
+        layers=8,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
+        head_dim=64,
+    )
+    out = tmp_path / "edition"
+    quantize(model, out, scheme=DYNAMIC)
+    script = """
+import sys
+from octavo import load
+def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+from octavo.loading import load
+before = peak()
+model = load(sys.argv[1])
+print(peak() - before)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, out], capture_output=True, text=True, check=True
+    )
+    size = (out / "model.safetensors").stat().st_size
+    layer_bytes = size / 8
+    assert int(ran.stdout) < size + 2 * layer_bytes + 30e6, f"{ran.stdout=} {size=}"
+
+
+def edit_config(out: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    edit(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(out: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "unknown dialect": (
+        lambda out: edit_config(
+            out,
+            lambda c: c["quantization_config"].update(quant_method="gguf", producer=None),
+        ),
+        r"unknown dialect.*gguf.*modelopt",
+    ),
+    "a section that is no object": (
+        lambda out: edit_config(out, lambda c: c.update(quantization_config=[1])),
+        r"quantization_config that is a list",
+    ),
+    "another algorithm": (
+        lambda out: edit_config(out, lambda c: c["quantization_config"].update(quant_algo="NVFP4")),
+        r"quant_algo 'NVFP4'",
+    ),
+    "missing weight scale": (
+        lambda out: edit_tensors(out, lambda t: t.pop(f"{Q_PROJ}.weight_scale")),
+        rf"no tensor '{Q_PROJ}.weight_scale'",
+    ),
+    "missing input scale": (
+        lambda out: edit_tensors(out, lambda t: t.pop(f"{Q_PROJ}.input_scale")),
+        rf"no tensor '{Q_PROJ}.input_scale'",
+    ),
+    "missing cache scale": (
+        lambda out: edit_tensors(out, lambda t: t.pop("model.layers.0.self_attn.k_proj.k_scale")),
+        r"no tensor 'model.layers.0.self_attn.k_scale'",
+    ),
+    **{
+        f"a scale of {value}": (
+            lambda out, value=value: edit_tensors(  # type: ignore[misc]
+                out, lambda t: t.update({f"{Q_PROJ}.weight_scale": torch.tensor(value)})
+            ),
+            rf"{Q_PROJ}.weight_scale.*{value}.*positive",
+        )
+        for value in (0.0, -1.0, float("nan"), float("inf"))
+    },
+    "a scale of another shape": (
+        lambda out: edit_tensors(out, lambda t: t.update({f"{Q_PROJ}.input_scale": torch.ones(3)})),
+        rf"{Q_PROJ}.input_scale.*shape \[3\]",
+    ),
+    "a weight of another shape": (
+        lambda out: edit_tensors(
+            out, lambda t: t.update({f"{Q_PROJ}.weight": t[f"{Q_PROJ}.weight"][:8].clone()})
+        ),
+        rf"{Q_PROJ}.weight.*shape \[8, 64\].*\[64, 64\]",
+    ),
+    "a missing tensor": (
+        lambda out: edit_tensors(out, lambda t: t.pop("model.norm.weight")),
+        r"no tensor 'model.norm.weight'",
+    ),
+    "FP8 weights that no config mentions": (
+        lambda out: (
+            (out / "hf_quant_config.json").unlink(),
+            edit_config(out, lambda c: c.pop("quantization_config")),
+        ),
+        r"float8_e4m3fn",
+    ),
+}
+
+
+class TestBadEditions:
+    @pytest.fixture(scope="class")
+    def good(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return edition("llama", tmp_path_factory.mktemp("bad"), dtype=torch.bfloat16)[1]
+
+    @pytest.mark.parametrize("case", BAD)
+    def test_is_refused_with_a_reason(self, case: str, good: Path, tmp_path: Path) -> None:
+        out = Path(shutil.copytree(good, tmp_path / "edition"))
+        spoil, reason = BAD[case]
+        spoil(out)
+        with pytest.raises(OctavoError, match=reason):
+            load(out)
+
+    def test_the_older_config_file_is_enough(self, good: Path, tmp_path: Path) -> None:
+        out = Path(shutil.copytree(good, tmp_path / "edition"))
+        edit_config(out, lambda c: c.pop("quantization_config"))
+        ids = torch.arange(9).reshape(1, -1)
+        with torch.inference_mode():
+            assert torch.equal(load(out)[0](ids).logits, load(good)[0](ids).logits)
