@@ -69,7 +69,7 @@ def quantize_layer(
     maxima: Mapping[str, Tensor],
     activations: Mapping[str, Tensor],
     scheme: Scheme,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, fp8.RoundingError]]:
     """Fold one layer into FP8.
 
     Args:
@@ -81,8 +81,9 @@ def quantize_layer(
         scheme: how.
 
     Returns:
-        The canonical tensors on the CPU.
+        The canonical tensors on the CPU, and what rounding did to each linear layer's weight.
     """
+    errors: dict[str, fp8.RoundingError] = {}
     scales = _weight_scales(plan.linears, maxima, scheme)
     canonical: dict[str, Tensor] = {}
     for name in plan.tensors:
@@ -91,7 +92,8 @@ def quantize_layer(
             # A copy: the buffer the tensor lies in is filled again before this one is written.
             canonical[name] = tensors[name].to("cpu", copy=True)
             continue
-        canonical[name] = fp8.quantize(tensors[name], scales[module]).cpu()
+        codes, errors[module] = fp8.quantize_and_measure(tensors[name], scales[module])
+        canonical[name] = codes.cpu()
         canonical[f"{module}.weight_scale"] = scales[module].cpu()
         if scheme.inputs == "static":
             canonical[f"{module}.input_scale"] = fp8.scale_from_amax(activations[module])
@@ -101,7 +103,7 @@ def quantize_layer(
                 canonical[f"{block}.{kind}_scale"] = fp8.scale_from_amax(
                     activations[f"{block}.{kind}"]
                 )
-    return canonical
+    return canonical, errors
 
 
 def finite_amax(name: str, tensor: Tensor) -> Tensor:

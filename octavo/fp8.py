@@ -15,6 +15,9 @@ is some forty times slower, nearly all of it page faults.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -57,6 +60,18 @@ def scale_from_amax(amax: Tensor) -> Tensor:
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 
+class RoundingError(NamedTuple):
+    """What rounding a tensor to E4M3 did to it.
+
+    Attributes:
+        sqnr_db: signal to quantization noise, ``10 log10(Σ w² / Σ (w - ŵ)²)``; None without noise.
+        underflow: share of its elements that became zero without being zero.
+    """
+
+    sqnr_db: float | None
+    underflow: float
+
+
 def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
     """E4M3 codes of ``tensor``, rounded to nearest even, saturating at ±448.
 
@@ -67,19 +82,39 @@ def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
     Returns:
         ``float8_e4m3fn``, the shape of ``tensor``.
     """
+    return quantize_and_measure(tensor, scale)[0]
+
+
+def quantize_and_measure(tensor: Tensor, scale: Tensor) -> tuple[Tensor, RoundingError]:
+    """:func:`quantize`, and what it did to the tensor."""
     codes = torch.empty(tensor.shape, dtype=E4M3, device=tensor.device)
     source, target = tensor.reshape(-1), codes.view(-1)
     if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
-        kernels.to_e4m3(source, scale.item(), target)
-        return codes
-    chunk = _CHUNK[tensor.device.type]
-    buffer = torch.empty(min(chunk, source.numel()), dtype=torch.float32, device=tensor.device)
+        noise, signal, underflows = kernels.to_e4m3(source, scale.item(), target)
+    else:
+        noise, signal, underflows = _cast_in_chunks(source, scale, target)
+    return codes, RoundingError(
+        10 * math.log10(signal / noise) if noise else None, underflows / max(len(source), 1)
+    )
+
+
+def _cast_in_chunks(source: Tensor, scale: Tensor, target: Tensor) -> tuple[float, float, int]:
+    """:func:`octavo.kernels.to_e4m3` for any dtype and device."""
+    chunk = _CHUNK[source.device.type]
+    buffer = torch.empty(min(chunk, source.numel()), dtype=torch.float32, device=source.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=source.device)
     for start in range(0, source.numel(), chunk):
-        piece = source[start : start + chunk]
+        piece, codes = source[start : start + chunk], target[start : start + chunk]
         work = buffer[: piece.numel()].copy_(piece)
         work.div_(scale).clamp_(-E4M3_MAX, E4M3_MAX)
-        target[start : start + chunk].copy_(work)
-    return codes
+        codes.copy_(work)
+        sums[1] += work.square().sum()
+        sums[2] += work.count_nonzero()
+        work.sub_(codes.float())
+        sums[0] += work.square_().sum()
+        sums[2] -= codes.float().count_nonzero()
+    noise, signal, underflows = sums.tolist()
+    return noise, signal, int(underflows)
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:

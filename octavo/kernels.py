@@ -144,53 +144,62 @@ def _largest(x: Any) -> Any:
     return largest
 
 
-@njit(**{**_JIT, "fastmath": False})
-def _to_e4m3(x: Any, scale: Any, codes: Any) -> Any:
-    for i in range(x.shape[0]):
-        bits = _bits(_widen(x[i]) / scale)
-        sign = np.uint32((bits >> np.uint32(24)) & np.uint32(0x80))
-        # The bits of 448.
-        magnitude = np.uint32(min(np.uint32(bits & np.uint32(0x7FFFFFFF)), np.uint32(0x43E00000)))
-        # Normal numbers: keep 3 of 23 mantissa bits, to nearest even, and move the bias from 127 to 7.
-        odd = (magnitude >> np.uint32(20)) & np.uint32(1)
-        rounded = np.uint32(magnitude + np.uint32(0x7FFFF) + odd)
-        normal = np.uint32((rounded >> np.uint32(20)) - np.uint32(960))
-        # Below 2^-6: adding 2^14 leaves units of 2^-9, rounded to nearest even by the addition.
-        shifted = _bits(_float(magnitude) + np.float32(16384))
-        subnormal = np.uint32(shifted - np.uint32(0x46800000))
-        code = normal if magnitude >= np.uint32(0x3C800000) else subnormal
-        codes[i] = np.uint8(sign | code)
-
-
 @njit(inline="always")
 def _nearest_e4m3(value: Any) -> Any:
-    """The E4M3 number nearest to a float32, saturated at ±448; NaN becomes 448."""
+    """The E4M3 number nearest to a float32, to even, saturated at ±448; NaN becomes ±448."""
     bits = _bits(value)
     sign = np.uint32(bits & np.uint32(0x80000000))
     # The bits of 448.
     magnitude = np.uint32(min(np.uint32(bits & np.uint32(0x7FFFFFFF)), np.uint32(0x43E00000)))
+    # Normal numbers keep 3 of 23 mantissa bits; below 2^-6 the unit is 2^-9.
     odd = (magnitude >> np.uint32(20)) & np.uint32(1)
     normal = np.uint32((magnitude + np.uint32(0x7FFFF) + odd) & np.uint32(0xFFF00000))
-    # Below 2^-6 the unit is 2^-9, as it is of floats from 2^14 on.
-    subnormal = _bits((_float(magnitude) + np.float32(16384)) - np.float32(16384))
+    subnormal = _bits(np.float32(np.rint(_float(magnitude) * np.float32(512)) * np.float32(2**-9)))
     return _float(sign | (normal if magnitude >= np.uint32(0x3C800000) else subnormal))
 
 
-# Adding and taking away 2^14 must stay two operations: no fastmath here.
-@njit(**{**_JIT, "fastmath": False})
+@njit(**_JIT)
+def _to_e4m3(x: Any, scale: Any, codes: Any) -> Any:
+    noise, signal, underflows = np.float64(0), np.float64(0), np.int64(0)
+    # In blocks: the sums of one are precise enough in float32, and those of all are in float64.
+    for start in range(0, x.shape[0], 4096):
+        block_noise, block_signal, lost = np.float32(0), np.float32(0), np.float32(0)
+        block, target = x[start : start + 4096], codes[start : start + 4096]
+        for i in range(block.shape[0]):
+            value = _widen(block[i]) / scale
+            nearest = _nearest_e4m3(value)
+            bits = _bits(nearest)
+            magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            # Of the 8 exponent and 23 mantissa bits E4M3 has the low 4, less the bias, and the top 3;
+            # a subnormal number is a count of units of 2^-9.
+            normal = np.uint32((magnitude >> np.uint32(20)) - np.uint32(960))
+            subnormal = np.uint32(np.int32(_float(magnitude) * np.float32(512)))
+            code = normal if magnitude >= np.uint32(0x3C800000) else subnormal
+            target[i] = np.uint8(((bits >> np.uint32(24)) & np.uint32(0x80)) | code)
+            block_noise += (nearest - value) * (nearest - value)
+            block_signal += value * value
+            zeroed = magnitude == np.uint32(0) and value != np.float32(0)
+            lost += np.float32(1) if zeroed else np.float32(0)
+        noise += np.float64(block_noise)
+        signal += np.float64(block_signal)
+        underflows += np.int64(lost)
+    return noise, signal, underflows
+
+
+@njit(**_JIT)
 def _round_to_e4m3(x: Any, scale: Any, out: Any) -> Any:
     for i in range(x.shape[0]):
         # Exact: an E4M3 number has fewer bits than a BF16 one.
         out[i] = np.uint16(_bits(_nearest_e4m3(_widen(x[i]) / scale)) >> np.uint32(16))
 
 
-@njit(**{**_JIT, "fastmath": False})
+@njit(**_JIT)
 def _through_e4m3(x: Any, scale: Any, out: Any) -> Any:
     for i in range(x.shape[0]):
         out[i] = _round(_nearest_e4m3(_widen(x[i]) / scale) * scale)
 
 
-@njit(**{**_JIT, "fastmath": False})
+@njit(**_JIT)
 def _from_e4m3(codes: Any, out: Any) -> Any:
     for i in range(codes.shape[0]):
         code = np.uint32(codes[i])
@@ -238,15 +247,22 @@ def from_e4m3(codes: Tensor, out: Tensor) -> None:
     _from_e4m3(codes.view(torch.uint8).numpy(), _raw(out))
 
 
-def to_e4m3(x: Tensor, scale: float, codes: Tensor) -> None:
+def to_e4m3(x: Tensor, scale: float, codes: Tensor) -> tuple[float, float, int]:
     """Write ``x / scale``, saturated at ±448 and rounded to nearest even, as E4M3 codes.
 
     Args:
         x: bfloat16, one-dimensional, contiguous, finite, on the CPU.
         scale: a float32 value, positive.
         codes: ``float8_e4m3fn`` of the same length, written.
+
+    Returns:
+        The sums of squares of rounding errors and of values, both divided by ``scale²``, and how
+        many values other than zero became zero.
     """
-    _to_e4m3(_raw(x), np.float32(scale), codes.view(torch.uint8).numpy())
+    noise, signal, underflows = _to_e4m3(
+        _raw(x), np.float32(scale), codes.view(torch.uint8).numpy()
+    )
+    return noise, signal, underflows
 
 
 def amax(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from octavo.checkpoint.hub import resolve_model
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
 from octavo.formats import Dialect, get_format
+from octavo.fp8 import RoundingError
 from octavo.preflight import check_target, pick_device, refuse_quantized
 from octavo.scheme import Scheme
 from octavo.stopwatch import Stopwatch
@@ -57,6 +58,18 @@ class Progress(NamedTuple):
     done: int
     total: int
     tokens: int
+
+
+class _Statistics(NamedTuple):
+    """What a run finds out on the way, for the edition's record.
+
+    Attributes:
+        amax: of weights, inputs, keys and values, by name.
+        errors: what rounding did to each linear layer's weight.
+    """
+
+    amax: dict[str, float]
+    errors: dict[str, RoundingError]
 
 
 class _Job(NamedTuple):
@@ -159,7 +172,7 @@ def quantize(
             with clock("embed"):
                 calibrated = nullcontext() if tokens is None else CalibrationStream(decoder, tokens)
             with calibrated as stream:
-                maxima = _run_layers(
+                found = _run_layers(
                     job,
                     stream,
                     writer,
@@ -168,7 +181,7 @@ def quantize(
             with clock("finish"):
                 _write_files(job, writer)
                 writer.write_json(
-                    "octavo.json", _record(decoder, scheme, calibration, format, tokens, maxima)
+                    "octavo.json", _record(decoder, scheme, calibration, format, tokens, found)
                 )
                 writer.commit()
     finally:
@@ -193,9 +206,9 @@ def _run_layers(
     stream: CalibrationStream | None,
     writer: CheckpointWriter,
     on_layer: Callable[[int], None],
-) -> dict[str, float]:
-    """Calibrate, quantize and write every layer, and carry the rest over; returns all maxima."""
-    maxima: dict[str, float] = {}
+) -> _Statistics:
+    """Calibrate, quantize and write every layer, and carry the rest over."""
+    found = _Statistics({}, {})
     with ThreadPoolExecutor(1, "octavo-write") as writes, closing(_read_ahead(job)) as layers:
         # Each layer waits for the one before to be on disk, so at most two are held in memory.
         written = writes.submit(_write_rest, job, writer)
@@ -214,15 +227,20 @@ def _run_layers(
                     activations = stream.run(index, set(plan.linears))
                     job.decoder.unload(index)
             with job.clock("quantize"):
-                layer = canonical.quantize_layer(plan, tensors, weights, activations, job.scheme)
+                layer, errors = canonical.quantize_layer(
+                    plan, tensors, weights, activations, job.scheme
+                )
             with job.clock("wait for disk"):
                 written.result()
             written = writes.submit(_write_all, writer, job.dialect.encode(layer, job.scheme))
-            maxima |= {name: value.item() for name, value in (activations | weights).items()}
+            found.amax.update(
+                {name: value.item() for name, value in (activations | weights).items()}
+            )
+            found.errors.update(errors)
             on_layer(index + 1)
         with job.clock("wait for disk"):
             written.result()
-    return maxima
+    return found
 
 
 def _read_ahead(job: _Job) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
@@ -337,7 +355,7 @@ def _record(
     calibration: Calibration,
     format: str,
     tokens: Tensor | None,
-    maxima: dict[str, float],
+    found: _Statistics,
 ) -> dict[str, Any]:
     """The edition's own account of how it was made; engines ignore it. Holds nothing of the
     moment or the machine, so that equal runs give equal bytes."""
@@ -356,7 +374,8 @@ def _record(
             "samples": tokens.shape[0],
             "seq_len": tokens.shape[1],
         },
-        "amax": maxima,
+        "amax": found.amax,
+        "weights": {module: error._asdict() for module, error in found.errors.items()},
     }
 
 

@@ -215,3 +215,23 @@ def test_the_cpu_kernel_casts_every_bfloat16_as_torch_does(scale: float) -> None
     ours = fp8.quantize(finite, torch.tensor(scale))
     theirs = (finite.float() / torch.tensor(scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rounding_error_is_measured(dtype: torch.dtype) -> None:
+    tensor = torch.randn(300, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor[::3] *= 1e-5
+    tensor[1] = 0
+    scale = fp8.scale_from_amax(fp8.amax(tensor))
+    codes, error = fp8.quantize_and_measure(tensor, scale)
+    exact, restored = tensor.double(), codes.double() * scale.double()
+    expected = 10 * torch.log10((exact**2).sum() / ((exact - restored) ** 2).sum())
+    assert error.sqnr_db == pytest.approx(expected.item(), abs=1e-3)
+    lost = ((restored == 0) & (exact != 0)).double().mean().item()
+    assert error.underflow == pytest.approx(lost)
+    assert lost > 0.1
+
+
+def test_what_is_exact_has_no_noise() -> None:
+    tensor = torch.tensor([448.0, -2.0, 0.0], dtype=torch.bfloat16)
+    assert fp8.quantize_and_measure(tensor, torch.tensor(1.0))[1] == (None, 0.0)
