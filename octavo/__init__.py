@@ -14,17 +14,23 @@ from octavo.version import __version__
 
 if TYPE_CHECKING:
     from octavo.calibration import Calibration
+    from octavo.completion import complete
+    from octavo.evaluation import evaluate
     from octavo.loading import load
     from octavo.pipeline import QuantizeResult, quantize
+    from octavo.publishing import report
     from octavo.sample import sample_model
     from octavo.scheme import Scheme
 
 _HOMES = {
     "Calibration": "octavo.calibration",
     "QuantizeResult": "octavo.pipeline",
-    "load": "octavo.loading",
     "Scheme": "octavo.scheme",
+    "complete": "octavo.completion",
+    "evaluate": "octavo.evaluation",
+    "load": "octavo.loading",
     "quantize": "octavo.pipeline",
+    "report": "octavo.publishing",
     "sample_model": "octavo.sample",
 }
 
@@ -34,8 +40,11 @@ __all__ = [
     "QuantizeResult",
     "Scheme",
     "__version__",
+    "complete",
+    "evaluate",
     "load",
     "quantize",
+    "report",
     "sample_model",
 ]
 

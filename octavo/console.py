@@ -24,22 +24,22 @@ stderr = Console(stderr=True)
 _LINE_SECONDS = 5.0
 
 
-class LayerProgress:
-    """Progress over decoder layers; a context manager whose :meth:`update` takes each step."""
+class _Progress:
+    """A bar on a terminal, a line every few seconds elsewhere; a context manager."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, unit: str, quiet: bool) -> None:
         self._quiet = quiet
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} layers"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             console=stderr,
             disable=quiet or not stderr.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("loading", total=0, rate="")
+        self._task = self._bar.add_task("loading", total=0, unit=unit, rate="")
         self._begin: float | None = None
         self._first = 0
         self._last_line = time.monotonic()
@@ -56,27 +56,58 @@ class LayerProgress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, done: int, total: int, tokens: int) -> None:
-        """Show that ``done`` of ``total`` layers are finished, ``tokens`` tokens through each."""
+    def _seconds_each(self, done: int) -> float | None:
+        """Seconds for each step since the first call; None on that call."""
         now = time.monotonic()
-        if self._begin is None:
-            # The first layers' time is only known from the second call on.
+        if self._begin is None or done < self._first:
+            # The first steps' time is only known from the second call on.
             self._begin, self._first = now, done
-        rate = self._rate(done, total, tokens, now)
+        steps = done - self._first
+        return max(now - self._begin, 1e-9) / steps if steps else None
+
+    def _show(self, description: str, done: int, total: int, unit: str, rate: str) -> None:
         self._bar.update(
-            self._task, description="quantizing", completed=done, total=total, rate=rate
+            self._task,
+            description=description,
+            completed=done,
+            total=total,
+            unit=unit,
+            rate=rate,
         )
+        now = time.monotonic()
         due = now - self._last_line >= _LINE_SECONDS or done == total
         if not self._quiet and not stderr.is_terminal and due:
             self._last_line = now
-            print(f"layer {done}/{total}  {rate}", file=sys.stderr, flush=True)
+            print(f"{unit} {done:,}/{total:,}  {rate}", file=sys.stderr, flush=True)
 
-    def _rate(self, done: int, total: int, tokens: int, now: float) -> str:
-        if self._begin is None or done == self._first:
-            return ""
-        per_layer = max(now - self._begin, 1e-9) / (done - self._first)
-        speed = f"{tokens / (per_layer * total):,.0f} tokens/s, " if tokens else ""
-        return f"{speed}{1 / per_layer:.1f} layers/s, {per_layer * (total - done):.0f} s left"
+
+class LayerProgress(_Progress):
+    """Progress over decoder layers; :meth:`update` takes each step."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__(unit="layers", quiet=quiet)
+
+    def update(self, done: int, total: int, tokens: int) -> None:
+        """Show that ``done`` of ``total`` layers are finished, ``tokens`` tokens through each."""
+        each, rate = self._seconds_each(done), ""
+        if each is not None:
+            speed = f"{tokens / (each * total):,.0f} tokens/s, " if tokens else ""
+            rate = f"{speed}{1 / each:.1f} layers/s, {each * (total - done):.0f} s left"
+        self._show("quantizing", done, total, "layers", rate)
+
+
+class CountProgress(_Progress):
+    """Progress over tokens, questions or requests; :meth:`update` takes each step."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__(unit="", quiet=quiet)
+
+    def update(self, done: int, total: int, unit: str) -> None:
+        """Show that ``done`` of ``total`` ``unit`` are finished."""
+        each, rate = self._seconds_each(done), ""
+        if each is not None:
+            rate = f"{1 / each:,.1f} {unit}/s, {each * (total - done):.0f} s left"
+        self._show("evaluating", done, total, unit, rate)
 
 
 def results_table(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -92,3 +123,11 @@ def results_table(title: str, rows: list[tuple[str, str]]) -> Table:
 def size_change(before: int, after: int) -> str:
     """``269.0 MB → 162.9 MB (60.5 %)``."""
     return f"{format_bytes(before)} → {format_bytes(after)} ({after / before:.1%})"
+
+
+def estimate(value: float, error: float | None, unit: str = "", digits: int = 3) -> str:
+    """``19.283 ± 0.514``: a number with its standard error, where one is known."""
+    after = f" {unit}" if unit else ""
+    if error is None:
+        return f"{value:.{digits}f}{after}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}{after}"

@@ -185,11 +185,13 @@ def _canonical(name: str) -> str:
 
 
 def _embedding(model: PreTrainedModel) -> str:
-    return _name_of(model, model.get_input_embeddings()) + ".weight"
+    embedding: Any = model.get_input_embeddings()
+    return f"{_name_of(model, embedding)}.weight"
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, one in model.named_modules() if one is module)
+    name: str = next(name for name, one in model.named_modules() if one is module)
+    return name
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

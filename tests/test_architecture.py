@@ -47,10 +47,12 @@ ALLOWED: dict[str, set[str]] = {
         "skeleton",
         "tokenizer",
     },
-    "engines": {"errors", "checkpoint", "loading", "kernels"},
-    "evaluation": {"errors", "checkpoint", "calibration", "engines"},
-    "report": {"errors", "checkpoint", "scheme", "units", "version"},
-    "pipeline": ROOMS - {"cli", "console", "engines", "evaluation", "report"},
+    "engines": {"errors", "checkpoint", "fused", "loading", "kernels"},
+    "evaluation": {"errors", "checkpoint", "calibration", "engines", "tokenizer", "version"},
+    "reporting": {"errors", "checkpoint", "scheme", "units", "version"},
+    "completion": {"errors", "checkpoint", "engines", "tokenizer"},
+    "publishing": ROOMS - {"cli", "console", "pipeline"},
+    "pipeline": ROOMS - {"cli", "console", "engines", "evaluation", "publishing", "reporting"},
 }
 
 
@@ -83,7 +85,7 @@ def test_a_room_imports_only_what_lies_below_it(room: str) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 class TestEveryFile:
     def test_nothing_imports_the_command_line(self, file: Path) -> None:
-        assert "cli" not in imported_rooms([file])
+        assert "cli" not in imported_rooms([file]) or file.parent.name == "cli"
 
     def test_nothing_unpickles(self, file: Path) -> None:
         modules = {name.split(".")[0] for name in imports(file)}

@@ -19,9 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 import tiny
 from octavo import kernels
 from octavo.calibration import Calibration, CalibrationStream, load_tokens
-from octavo.fused import fused_kernels, tensor_amax
 from octavo.checkpoint import Checkpoint
 from octavo.decoder import Decoder
+from octavo.fused import fused_kernels, tensor_amax
 from reference import whole
 
 CPU = torch.device("cpu")

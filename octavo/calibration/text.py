@@ -1,9 +1,9 @@
-"""Where calibration text comes from: files, named hub sets, and a text every CPython carries."""
+"""Where text comes from: files, named hub sets, and a text every CPython carries."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,17 +42,19 @@ def documents(source: str, text_field: str = "text") -> Iterator[str]:
     if source == BUILTIN:
         return _builtin()
     if source in HUB_SETS:
-        return _hub(source, HUB_SETS[source])
+        instead = (
+            f"Pass a local file (--calib FILE.jsonl) or the built-in text (--calib {BUILTIN})."
+        )
+        return hub_documents(HUB_SETS[source], instead)
     path = Path(source)
-    readers = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
-    if path.suffix not in readers:
+    if path.suffix not in FILE_READERS:
         raise OctavoError(
             f"Unknown calibration source {source!r}. Expected {BUILTIN}, none, one of "
-            f"{', '.join(HUB_SETS)}, or a file ending in {', '.join(readers)} or .npy."
+            f"{', '.join(HUB_SETS)}, or a file ending in {', '.join(FILE_READERS)} or .npy."
         )
     if not path.is_file():
         raise OctavoError(f"The calibration file {path} does not exist.")
-    return readers[path.suffix](path, text_field)
+    return FILE_READERS[path.suffix](path, text_field)
 
 
 def _builtin() -> Iterator[str]:
@@ -113,7 +115,25 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         raise OctavoError(f"{path} cannot be read as parquet: {one_line(error)}.") from error
 
 
-def _hub(name: str, hub_set: HubSet) -> Iterator[str]:
+# By a file's ending: what yields its documents, given the field or column that holds the text.
+FILE_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _text,
+    ".raw": _text,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
+
+
+def hub_documents(hub_set: HubSet, instead: str) -> Iterator[str]:
+    """The rows of a hub set, as they arrive.
+
+    Args:
+        hub_set: which one.
+        instead: what to do where the hub is out of reach, for the error.
+
+    Raises:
+        OctavoError: it is out of reach.
+    """
     from datasets import load_dataset
 
     try:
@@ -122,7 +142,6 @@ def _hub(name: str, hub_set: HubSet) -> Iterator[str]:
             yield row[hub_set.field]
     except Exception as error:  # every kind of network failure
         raise OctavoError(
-            f"The calibration set {name} ({hub_set.path}) cannot be reached on the hub: "
-            f"{type(error).__name__}. Pass a local file instead (--calib FILE.jsonl), "
-            f"or use the built-in text (--calib {BUILTIN})."
+            f"The data set {hub_set.path} cannot be reached on the hub: {type(error).__name__}. "
+            f"{instead}"
         ) from error

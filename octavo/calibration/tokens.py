@@ -67,27 +67,23 @@ def load_tokens(
         OctavoError: too little text, ids out of vocabulary, ``seq_len`` too long, or no tokenizer.
     """
     if Path(calibration.source).suffix == ".npy":
-        windows = _load_ids(Path(calibration.source), calibration.seq_len)
+        windows = _load_samples(Path(calibration.source), calibration.seq_len)
         samples = min(calibration.samples or len(windows), len(windows))
     else:
         samples = calibration.samples or 128
         seq_len = calibration.seq_len or min(512, max_positions)
-        _check_length(seq_len, max_positions)
+        check_length(seq_len, max_positions)
         windows = _tokenize(calibration, load_tokenizer(model), seq_len, samples * _POOL)
-    _check_length(windows.shape[1], max_positions)
-    if windows.min() < 0 or windows.max() >= vocab_size:
-        raise OctavoError(
-            f"The token ids of {calibration.source} range from {windows.min()} to {windows.max()}, "
-            f"expected 0 to {vocab_size - 1} (the model's vocabulary). "
-            "Were they made with another model's tokenizer?"
-        )
+    check_length(windows.shape[1], max_positions)
+    check_vocabulary(windows, calibration.source, vocab_size)
     if samples < len(windows):
         rows = np.random.default_rng(calibration.seed).permutation(len(windows))[:samples]
         windows = windows[np.sort(rows)]
     return torch.from_numpy(windows.astype(np.int64))
 
 
-def _check_length(seq_len: int, max_positions: int) -> None:
+def check_length(seq_len: int, max_positions: int) -> None:
+    """Refuse a ``seq_len`` beyond the model's positions."""
     if seq_len > max_positions:
         raise OctavoError(
             f"--seq-len {seq_len} is longer than the model's {max_positions} positions "
@@ -95,16 +91,36 @@ def _check_length(seq_len: int, max_positions: int) -> None:
         )
 
 
-def _load_ids(path: Path, seq_len: int | None) -> np.ndarray:
+def check_vocabulary(ids: np.ndarray, source: str, vocab_size: int) -> None:
+    """Refuse token ids, not none of them, that a vocabulary of ``vocab_size`` does not have."""
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise OctavoError(
+            f"The token ids of {source} range from {ids.min()} to {ids.max()}, "
+            f"expected 0 to {vocab_size - 1} (the model's vocabulary). "
+            "Were they made with another model's tokenizer?"
+        )
+
+
+def load_ids(path: Path) -> np.ndarray:
+    """The array of an ``.npy`` file, of whatever dtype and shape, mapped rather than read.
+
+    Raises:
+        OctavoError: the file is absent or holds something else.
+    """
     try:
         # allow_pickle=False: an object array would run code.
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise OctavoError(f"The calibration file {path} does not exist.") from None
+        raise OctavoError(f"The file {path} does not exist.") from None
     except (OSError, ValueError, EOFError) as error:
         raise OctavoError(f"{path} is not a NumPy array file: {one_line(error)}.") from error
     if not isinstance(ids, np.ndarray):
         raise OctavoError(f"{path} is an archive, expected one NumPy array of token ids.")
+    return ids
+
+
+def _load_samples(path: Path, seq_len: int | None) -> np.ndarray:
+    ids = load_ids(path)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.size == 0:
         raise OctavoError(
             f"{path} holds {ids.dtype} of shape {list(ids.shape)}, "

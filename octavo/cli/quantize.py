@@ -1,41 +1,24 @@
-"""The command line: parse, call the Python API, render."""
+"""``octavo quantize`` and ``octavo sample-model``."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import signal
-import sys
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from octavo.allocator import keep_freed_memory, quick_imports
+from octavo.allocator import quick_imports
+from octavo.cli.program import command, say
 from octavo.console import LayerProgress, results_table, size_change, stderr, stdout
 from octavo.errors import OctavoError
 from octavo.formats import FORMATS
 from octavo.units import format_bytes, parse_bytes
-from octavo.version import __version__
 
 if TYPE_CHECKING:
     from octavo.pipeline import QuantizeResult
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-app = typer.Typer(
-    name="octavo",
-    help="FP8 editions of large language models.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 
 class KvCache(StrEnum):
@@ -43,37 +26,7 @@ class KvCache(StrEnum):
     none = "none"
 
 
-def command(function: Callable[P, T]) -> Callable[P, T]:
-    """Register a command whose user errors exit with 2, failures with 1, signals with 128 + N."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except OctavoError as error:
-            _say("red", "error", str(error))
-            raise typer.Exit(2) from None
-        except OSError as error:
-            _say("red", "error", f"{error.strerror or error}: {error.filename or 'no file named'}")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _say("red", "error", "interrupted; the partial output has been removed.")
-            raise typer.Exit(130) from None
-
-    app.command()(run)
-    return run
-
-
-@app.callback(invoke_without_command=True)
-def version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if show:
-        print(__version__)
-        raise typer.Exit
-
-
-@command
+@command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
@@ -152,14 +105,14 @@ def quantize(
             on_progress=lambda step: progress.update(*step),
         )
     for warning in result.warnings:
-        _say("yellow", "warning", warning)
+        say("yellow", "warning", warning)
     if as_json:
         print(json.dumps(result._asdict()))
     elif not quiet:
         stdout.print(_quantize_table(result))
 
 
-@command
+@command()
 def sample_model(
     directory: Annotated[Path, typer.Argument(help="Directory to create.")],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
@@ -172,21 +125,6 @@ def sample_model(
     path = run(directory)
     if not quiet:
         print(f"SmolLM2-135M-Instruct, BF16, is in {path}")
-
-
-def main() -> None:
-    """The ``octavo`` program."""
-    keep_freed_memory()
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        app()
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 1
-    # Everything is closed by now. Taking PyTorch's million objects apart one by one, as leaving the
-    # ordinary way does, costs a good part of a second.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _quantize_table(result: QuantizeResult) -> Table:
@@ -206,17 +144,3 @@ def _quantize_table(result: QuantizeResult) -> Table:
             ("by stage", stages),
         ],
     )
-
-
-def _say(color: str, kind: str, message: str) -> None:
-    # Text, not markup: a message may quote anything, brackets included.
-    stderr.print(Text.assemble((f"{kind}:", color), " ", message), soft_wrap=True)
-
-
-def _terminate(*_: object) -> None:
-    # As an exception, so that everything on the way out cleans up.
-    sys.exit(128 + signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""``python -m octavo.cli``."""
+
+from octavo.cli import main
+
+main()

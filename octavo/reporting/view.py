@@ -1,0 +1,102 @@
+"""What the card and the HTML both show, put into words once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from octavo.reporting import table
+from octavo.reporting.commands import Snippet, make_again, serve
+from octavo.reporting.results import Environment, Results
+from octavo.scheme import Scheme
+
+Pairs = list[tuple[str, str]]
+
+_INPUTS = {
+    "static": "FP8 (E4M3), symmetric, one calibrated scale per tensor",
+    "dynamic": "FP8 (E4M3), symmetric, scaled by the engine as it runs, token by token",
+}
+_KV_CACHE = {
+    "fp8": "FP8 (E4M3), symmetric, one calibrated scale for the keys (after rotary embedding) and "
+    "one for the values of each attention block",
+    "none": "the model's own dtype",
+}
+
+
+def view(results: Results) -> dict[str, Any]:
+    """The names that the templates know."""
+    mmlu, record = results.evaluation.mmlu, results.record
+    return {
+        "results": results,
+        "edition": results.edition,
+        "figures": table.figures(results),
+        "rows": table.rows(results),
+        "nothing": table.NOTHING,
+        "mmlu_categories": table.category_rows(mmlu) if mmlu else [],
+        "mmlu_subjects": table.subject_rows(mmlu) if mmlu else [],
+        "quantized": _quantized(results.edition.scheme),
+        "calibration": record.calibration if record else None,
+        "again": _again(results),
+        "serve": serve(results.edition),
+        "environment": _environment(results.environment) + _made_with(results),
+    }
+
+
+def limits(results: Results) -> list[str]:
+    """What the numbers do not say."""
+    scheme, evaluation = results.edition.scheme, results.evaluation
+    measures = {
+        "perplexity": evaluation.perplexity,
+        "KL divergence": evaluation.divergence,
+        "MMLU": evaluation.mmlu,
+    }
+    measured = [name for name, found in measures.items() if found]
+    static = scheme.inputs == "static"
+    candidates = {
+        "The cost was not measured: no evaluation was run.": not measured,
+        f"The cost was measured by {', '.join(measured)} on the data named above. Other languages, "
+        "longer contexts, tool use and safety were not measured; check what matters to you.": measured,
+        "Scales come from the calibration text. Activations that go beyond what occurred there are "
+        "clamped: text of a very different kind may lose more.": static,
+        "Serving engines round in another order than the engine of this measurement, so their last "
+        "digits differ.": True,
+        "Knowledge, biases and terms of use are those of the base model.": True,
+    }
+    return [text for text, holds in candidates.items() if holds]
+
+
+def _quantized(scheme: Scheme) -> Pairs:
+    shared = ", shared by q/k/v and by gate/up" if scheme.merge_scales else ""
+    kept = ["lm_head", "embeddings", "norms", *scheme.exclude]
+    return [
+        ("Weights", f"FP8 (E4M3), symmetric, one scale per tensor{shared}"),
+        ("Activations", f"inputs of the same linear layers: {_INPUTS[scheme.inputs]}"),
+        ("KV cache", _KV_CACHE[scheme.kv_cache]),
+        ("Layers", "every linear layer of the decoder blocks, but for those kept"),
+        ("Kept in the model's dtype", ", ".join(kept)),
+    ]
+
+
+def _again(results: Results) -> list[Snippet]:
+    made = [make_again(results.record, results.edition.name)] if results.record else []
+    measured = [Snippet("Measure", "sh", "\n".join(results.commands))] if results.commands else []
+    return made + measured
+
+
+def _environment(environment: Environment) -> Pairs:
+    return [
+        ("Engine", environment.engine),
+        ("Device", environment.device),
+        ("System", environment.os),
+        ("Octavo", environment.octavo),
+        ("Python", environment.python),
+        ("PyTorch", environment.torch),
+        ("transformers", environment.transformers),
+        ("Date", environment.date.isoformat()),
+    ]
+
+
+def _made_with(results: Results) -> Pairs:
+    if (record := results.record) is None:
+        return []
+    versions = f"Octavo {record.octavo}, PyTorch {record.torch}, transformers {record.transformers}"
+    return [("Edition made with", versions)]

@@ -1,0 +1,72 @@
+"""SmolLM2-135M-Instruct loaded from editions: Octavo's own, and those ModelOpt and Quark wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from golden import rebuild, tensors_of
+from octavo import load
+from reference import fake_quantized
+
+pytestmark = pytest.mark.real_model
+
+
+@pytest.fixture(scope="session")
+def windows(golden: Path) -> Tensor:
+    """int64 [4, 512]: text of WikiText-2."""
+    return torch.from_numpy(np.load(golden / "calib_tokens.npy")[:4].astype(np.int64))
+
+
+def nll(model: Any, windows: Tensor) -> float:
+    """Mean negative log-likelihood in nats, window by window."""
+    losses = []
+    with torch.inference_mode():
+        for row in windows:
+            logits = model(row[None]).logits[0, :-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, row[1:]))
+    return torch.stack(losses).mean().item()
+
+
+@pytest.fixture(scope="session")
+def unquantized(sample: Path, windows: Tensor) -> float:
+    return nll(load(sample)[0], windows)
+
+
+def test_perplexity_is_that_of_float32_fake_quantization(
+    modelopt_edition: Path, sample: Path, windows: Tensor, unquantized: float
+) -> None:
+    expected = nll(fake_quantized(sample, tensors_of(modelopt_edition)), windows)
+    found = nll(load(modelopt_edition)[0], windows)
+    # Perplexities within 0.3 %, of a loss that is an order of magnitude larger.
+    assert abs(found - expected) < 0.003
+    assert expected - unquantized > 0.02
+
+
+@pytest.mark.parametrize("tool", ["modelopt-0.47.0", "quark-0.13"])
+def test_other_tools_editions_load_and_score(
+    tool: str,
+    sample: Path,
+    golden: Path,
+    windows: Tensor,
+    unquantized: float,
+    tmp_path: Path,
+) -> None:
+    model, tokenizer = load(rebuild(tool, sample, golden, tmp_path / "edition"))
+    assert tokenizer is not None
+    assert unquantized < nll(model, windows) < unquantized + 0.1
+
+
+def test_it_says_where_paris_is(modelopt_edition: Path) -> None:
+    model, tokenizer = load(modelopt_edition)
+    assert tokenizer is not None
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    generate: Any = model.generate
+    with torch.inference_mode():
+        output = generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0])
