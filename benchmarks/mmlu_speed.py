@@ -3,7 +3,7 @@
 Both ways run on the same engine with the same batches and cores; they differ in whether what a
 subject's prompts begin with is computed once or for every question.
 
-Usage: python -m benchmarks.mmlu_speed MMLU_DIR [--subjects anatomy,astronomy] [--limit 20]
+Usage: python -m benchmarks.mmlu_speed MMLU_DIR [--subjects anatomy,astronomy] [--limit 60]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from octavo.evaluation.mmlu import Batch, PromptEncoder
 from octavo.evaluation.questions import load_subjects
 from octavo.tokenizer import load_tokenizer
 
-SUBJECTS = "anatomy,high_school_us_history,moral_scenarios,professional_accounting"
+SUBJECTS = "anatomy,high_school_psychology,moral_scenarios,professional_accounting"
 
 
 def shared(engine: Engine, batch: Batch, choices: list[int]) -> Tensor:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("mmlu", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--subjects", default=SUBJECTS)
-    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     model = options.model or sample_model()

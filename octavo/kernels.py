@@ -144,6 +144,25 @@ def _largest(x: Any) -> Any:
     return largest
 
 
+@njit(**_JIT)
+def _score(logits: Any, targets: Any, logprobs: Any, greedy: Any) -> None:
+    for row in range(logits.shape[0]):
+        values = logits[row]
+        # As integers in the order of the numbers, which vectorizes; NaN is above infinity.
+        top = np.int16(-0x8000)
+        for i in range(values.shape[0]):
+            bits = np.int16(values[i])
+            top = max(top, np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF))))
+        top = np.int16(top ^ ((top >> np.int16(15)) & np.int16(0x7FFF)))
+        largest = _widen(np.uint16(top))
+        total = np.float32(0)
+        for i in range(values.shape[0]):
+            total += _exp(_widen(values[i]) - largest)
+        chosen = _widen(values[targets[row]])
+        logprobs[row] = chosen - largest - np.float32(math.log(total))
+        greedy[row] = chosen >= largest
+
+
 @njit(inline="always")
 def _nearest_e4m3(value: Any) -> Any:
     """The E4M3 number nearest to a float32, to even, saturated at ±448; NaN becomes ±448."""
@@ -263,6 +282,22 @@ def to_e4m3(x: Tensor, scale: float, codes: Tensor) -> tuple[float, float, int]:
         _raw(x), np.float32(scale), codes.view(torch.uint8).numpy()
     )
     return noise, signal, underflows
+
+
+def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-softmax at one place of each row, in float32.
+
+    Args:
+        logits: bfloat16 ``[rows, vocabulary]``, contiguous, on the CPU.
+        targets: int64 ``[rows]``, on the CPU.
+
+    Returns:
+        The targets' log-probabilities, float32 ``[rows]`` (NaN where a logit is NaN), and whether no
+        other logit of the row is larger, bool ``[rows]``.
+    """
+    logprobs, greedy = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
+    _score(_raw(logits), targets.numpy(), logprobs.numpy(), greedy.numpy())
+    return logprobs, greedy
 
 
 def amax(x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "skeleton",
         "tokenizer",
     },
-    "engines": {"errors", "checkpoint", "fused", "loading", "kernels"},
+    "engines": {"errors", "attention", "checkpoint", "fused", "loading", "kernels"},
     "evaluation": {"errors", "checkpoint", "calibration", "engines", "tokenizer", "version"},
     "reporting": {"errors", "checkpoint", "scheme", "units", "version"},
     "completion": {"errors", "checkpoint", "engines", "tokenizer"},

@@ -6,7 +6,6 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from octavo.engines import ENGINES, open_engine
 from octavo.engines.torch import TorchEngine
-from octavo.engines.torch.batches import by_length
+from octavo.engines.torch.batches import packed, padded
 from octavo.errors import OctavoError
 
 # Log-probabilities of a random BF16 model, computed with other shapes of the same products.
@@ -125,11 +124,14 @@ class TestChoose:
     def test_float32(self, prefix: int, float32_model: Path) -> None:
         self.check(float32_model, prefix)
 
+    @pytest.mark.parametrize("window", [4, 16, 60])
     @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-    def test_sliding_attention(self, kind: str, tmp_path: Path) -> None:
-        """The window ends inside the prefix, whose oldest tokens must then be out of sight."""
+    def test_sliding_attention(self, kind: str, window: int, tmp_path: Path) -> None:
+        """The window ends inside a suffix, inside the prefix, or for the short ones nowhere."""
         sliding = {"use_sliding_window": True, "max_window_layers": 1} if kind == "qwen2" else {}
-        model = tiny.build(kind, tmp_path / kind, dtype=torch.float32, sliding_window=16, **sliding)
+        model = tiny.build(
+            kind, tmp_path / kind, dtype=torch.float32, sliding_window=window, **sliding
+        )
         self.check(model, 40)
 
     def check(self, directory: Path, count: int) -> None:
@@ -146,11 +148,11 @@ class TestChoose:
     def test_the_prefix_is_read_once(
         self, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(sys.modules[TorchEngine.__module__]._BATCH_TOKENS, "cpu", 80)
+        monkeypatch.setitem(sys.modules[TorchEngine.__module__]._PACKED_TOKENS, "cpu", 20)
         base, read = engine.model.base_model, []
         base.embed_tokens.register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))
         engine.choose(tokens(40), [tokens(10), tokens(10, 1), tokens(9)], self.CHOICES)
-        assert sorted(read) == [9, 10, 10, 40]
+        assert sorted(read) == [9, 20, 40]
 
     def test_no_suffixes(self, engine: TorchEngine) -> None:
         assert engine.choose(tokens(4), [], self.CHOICES).shape == (0, 3)
@@ -190,14 +192,24 @@ class TestGenerate:
         assert drawn[0] == drawn[1] != engine.generate([tokens(5)], max_tokens=16)
 
 
-@pytest.mark.parametrize("lengths", [[], [1], [5, 1, 30, 5, 12], [9] * 20])
-def test_batches_hold_everything_once_within_the_budget(lengths: list[int]) -> None:
-    batches = list(by_length(lengths, extra=3, budget=40))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * (max(lengths[index] for index in batch) + 3) <= 40
-    longest = [max(lengths[index] for index in batch) for batch in batches]
-    assert all(one >= other for one, other in pairwise(longest))
+LENGTHS: list[list[int]] = [[], [1], [5, 1, 30, 5, 12], [9] * 20, [50, 3, 50]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+class TestBatches:
+    def test_padded(self, lengths: list[int]) -> None:
+        batches = list(padded(lengths, extra=3, budget=40))
+        assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+        longest = [max(lengths[index] for index in batch) for batch in batches]
+        assert longest == sorted(longest, reverse=True)
+        for batch, most in zip(batches, longest, strict=True):
+            assert len(batch) == 1 or len(batch) * (most + 3) <= 40
+
+    def test_packed(self, lengths: list[int]) -> None:
+        batches = list(packed(lengths, budget=40))
+        assert [index for batch in batches for index in batch] == list(range(len(lengths)))
+        for batch in batches:
+            assert len(batch) == 1 or sum(lengths[index] for index in batch) <= 40
 
 
 def test_an_unknown_engine(tiny_llama: Path) -> None:

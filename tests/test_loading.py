@@ -48,6 +48,28 @@ class TestKernels:
         assert torch.equal(values, expected.bfloat16())
         assert torch.equal(stored, (expected.float() * scale).bfloat16())
 
+    @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+    def test_scores_are_those_of_log_softmax(self, spread: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        logits = (torch.randn(20, 999, generator=generator) * spread).bfloat16()
+        targets = torch.randint(999, (20,), generator=generator)
+        targets[:5] = logits[:5].argmax(-1)
+        logits[6, 3] = torch.inf
+        logits[7, 3] = -torch.inf
+        logprobs, greedy = kernels.score(logits, targets)
+        expected = torch.log_softmax(logits.double(), -1).gather(1, targets[:, None])[:, 0]
+        keep = torch.arange(20) != 6
+        torch.testing.assert_close(logprobs[keep].double(), expected[keep], rtol=1e-6, atol=1e-5)
+        assert not logprobs[6].isfinite()
+        chosen = logits.gather(1, targets[:, None])[:, 0]
+        assert torch.equal(greedy, chosen >= logits.amax(-1))
+
+    def test_a_nan_among_logits_shows(self) -> None:
+        logits = torch.zeros(2, 50, dtype=torch.bfloat16)
+        logits[1, 7] = torch.nan
+        logprobs, _ = kernels.score(logits, torch.tensor([0, 0]))
+        assert logprobs.isnan().tolist() == [False, True]
+
 
 def layer(
     dtype: torch.dtype, *, static: bool, channels: bool, bias: bool, size: tuple[int, int]
@@ -175,11 +197,13 @@ def test_weights_are_held_in_fp8(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
 
 
-class TestGenerate:
-    @pytest.fixture(scope="class")
-    def model(self, tmp_path_factory: pytest.TempPathFactory) -> Any:
-        return load(edition("llama", tmp_path_factory.mktemp("generate"))[1])[0]
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A loaded edition in float32."""
+    return load(edition("llama", tmp_path_factory.mktemp("generate"))[1])[0]
 
+
+class TestGenerate:
     def test_the_cache_changes_nothing(self, model: Any) -> None:
         prompt = torch.arange(3, 15).reshape(1, -1)
         with torch.inference_mode():
@@ -259,6 +283,11 @@ def edit_tensors(out: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def hide_quantization(out: Path) -> None:
+    (out / "hf_quant_config.json").unlink()
+    edit_config(out, lambda c: c.pop("quantization_config"))
+
+
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown dialect": (
@@ -312,20 +341,19 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"no tensor 'model.norm.weight'",
     ),
     "FP8 weights that no config mentions": (
-        lambda out: (
-            (out / "hf_quant_config.json").unlink(),
-            edit_config(out, lambda c: c.pop("quantization_config")),
-        ),
+        hide_quantization,
         r"float8_e4m3fn",
     ),
 }
 
 
-class TestBadEditions:
-    @pytest.fixture(scope="class")
-    def good(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return edition("llama", tmp_path_factory.mktemp("bad"), dtype=torch.bfloat16)[1]
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An edition to be copied and spoiled."""
+    return edition("llama", tmp_path_factory.mktemp("bad"), dtype=torch.bfloat16)[1]
 
+
+class TestBadEditions:
     @pytest.mark.parametrize("case", BAD)
     def test_is_refused_with_a_reason(self, case: str, good: Path, tmp_path: Path) -> None:
         out = Path(shutil.copytree(good, tmp_path / "edition"))

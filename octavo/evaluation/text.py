@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.calibration.text import FILE_READERS, HubSet, hub_documents
+from octavo.calibration.text import BUILTIN, FILE_READERS, HubSet, hub_documents
 from octavo.calibration.tokens import load_ids
 from octavo.errors import OctavoError
+from octavo.evaluation import builtin
 from octavo.tokenizer import load_tokenizer
 
 # Held-out splits: calibration takes others of the same sets.
@@ -25,7 +27,7 @@ def load_tokens(data: str | Path, model: Path) -> Tensor:
     (https://huggingface.co/docs/transformers/perplexity).
 
     Args:
-        data: a ``.txt``, ``.raw``, ``.jsonl`` or ``.parquet`` file (its field or column ``text``),
+        data: ``builtin`` (see :mod:`octavo.evaluation.builtin`), a ``.txt``, ``.raw``, ``.jsonl`` or ``.parquet`` file (its field or column ``text``),
             an ``.npy`` file of token ids of any shape, or ``wikitext2`` (the test split, from the
             hub).
         model: the checkpoint directory, for its tokenizer.
@@ -55,11 +57,14 @@ def _file_ids(path: Path) -> np.ndarray:
 
 def _text(data: str | Path) -> str:
     path = Path(data)
-    if str(data) in HUB_SETS:
+    documents: Iterable[str]
+    if str(data) == BUILTIN:
+        documents = builtin.documents()
+    elif str(data) in HUB_SETS:
         documents = hub_documents(HUB_SETS[str(data)], "Pass a local file (--data FILE.txt).")
     elif path.suffix not in FILE_READERS:
         raise OctavoError(
-            f"Unknown evaluation data {str(data)!r}. Expected {', '.join(HUB_SETS)} or a file ending "
+            f"Unknown evaluation data {str(data)!r}. Expected {BUILTIN}, {', '.join(HUB_SETS)} or a file ending "
             f"in {', '.join(FILE_READERS)} or .npy."
         )
     elif not path.is_file():

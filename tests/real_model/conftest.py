@@ -23,6 +23,15 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def data() -> Path:
+    """WikiText-2 and MMLU, beside the repository."""
+    directory = SHARED / "data"
+    if not directory.is_dir():
+        pytest.skip("the data sets (../shared/data) are not here")
+    return directory
+
+
+@pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct in BF16."""
     try:

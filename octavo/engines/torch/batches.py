@@ -8,8 +8,27 @@ import torch
 from torch import Tensor
 
 
-def by_length(lengths: Sequence[int], extra: int, budget: int) -> Iterator[list[int]]:
-    """Indices of sequences in batches, the longest first, so that little is padding.
+def packed(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of sequences in batches without padding, in order.
+
+    Args:
+        lengths: of the sequences, in tokens.
+        budget: tokens in a batch; a longer sequence goes alone.
+    """
+    batch: list[int] = []
+    filled = 0
+    for index, length in enumerate(lengths):
+        if batch and filled + length > budget:
+            yield batch
+            batch, filled = [], 0
+        batch.append(index)
+        filled += length
+    if batch:
+        yield batch
+
+
+def padded(lengths: Sequence[int], extra: int, budget: int) -> Iterator[list[int]]:
+    """Indices of sequences in padded batches, the longest first, so that little is padding.
 
     Args:
         lengths: of the sequences, in tokens.
@@ -24,8 +43,6 @@ def by_length(lengths: Sequence[int], extra: int, budget: int) -> Iterator[list[
         order = order[size:]
 
 
-def pad(sequences: Sequence[Tensor], side: str, device: torch.device) -> Tensor:
-    """Sequences as one int64 matrix ``[sequences, longest]``, padded with token 0."""
-    return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_side=side).to(
-        device
-    )
+def pad_left(sequences: Sequence[Tensor]) -> Tensor:
+    """Sequences as one int64 matrix ``[sequences, longest]``, token 0 before the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_side="left")

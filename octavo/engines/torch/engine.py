@@ -12,22 +12,25 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from octavo import kernels
 from octavo.engines.engine import TokenIds, TokenScores
-from octavo.engines.torch.batches import by_length, pad
+from octavo.engines.torch.batches import packed, pad_left, padded
 from octavo.engines.torch.fusing import fused
-from octavo.engines.torch.prefix import SharedPrefix
+from octavo.engines.torch.prefix import ATTENTION, Packed, Prefix, last_states
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Positions whose logits are held at a time: with a vocabulary of 50 to 150 thousand, tens of
-# megabytes; fewer make the product with the vocabulary less efficient.
-_SLICE = 128
+# Positions whose logits are held at a time: with a vocabulary of 50 to 150 thousand, 50 to 150
+# megabytes in BF16; fewer make the product with the vocabulary less efficient.
+_SLICE = 512
 
-# Tokens attended to in a batch of sequences.
-_BATCH_TOKENS = {"cpu": 8192, "cuda": 131072}
+# Tokens computed at a time in continuations of a prefix, and tokens attended to in a batch that
+# generates.
+_PACKED_TOKENS = {"cpu": 1024, "cuda": 32768}
+_PADDED_TOKENS = {"cpu": 8192, "cuda": 131072}
 
 # Sequences computed at a time on a CPU with more cores: each has working memory of its own.
 _MOST_WORKERS = 8
@@ -52,6 +55,7 @@ class TorchEngine:
         self.model: Any = model
         # The checkpoint's advice on sampling (temperatures, penalties, when to stop) is for chats.
         self.model.generation_config = GenerationConfig.from_dict({})
+        self.model.set_attn_implementation(ATTENTION)
         self.vocab_size: int = model.config.vocab_size
         self.max_positions: int = model.config.max_position_embeddings
         self._device = next(model.parameters()).device
@@ -74,15 +78,17 @@ class TorchEngine:
         self, prefix: TokenIds, suffixes: Sequence[TokenIds], choices: Sequence[int]
     ) -> Tensor:
         """See :meth:`octavo.engines.Engine.choose`."""
-        tokens = [torch.as_tensor(suffix) for suffix in suffixes]
+        tokens = [torch.as_tensor(suffix, device=self._device) for suffix in suffixes]
         result = torch.empty(len(tokens), len(choices))
         with self.computing(), torch.inference_mode():
-            cache = self._read_prefix(prefix)
-        batches = list(
-            by_length([len(one) for one in tokens], len(prefix), _BATCH_TOKENS[self._device.type])
+            ids = torch.as_tensor(prefix, dtype=torch.int64, device=self._device)
+            read = Prefix(self.model.base_model, ids)
+        lengths = [len(one) for one in tokens]
+        batches = list(packed(lengths, _PACKED_TOKENS[self._device.type]))
+        scores = self.map(
+            partial(self._choose, read, list(choices)),
+            ([tokens[index] for index in batch] for batch in batches),
         )
-        batched = ([tokens[index] for index in batch] for batch in batches)
-        scores = self.map(partial(self._choose, cache, list(choices)), batched)
         for batch, logprobs in zip(batches, scores, strict=True):
             result[batch] = logprobs
         return result
@@ -106,13 +112,13 @@ class TorchEngine:
             "do_sample": bool(temperature),
             **sampling,
         }
-        budget = _BATCH_TOKENS[self._device.type]
+        budget = _PADDED_TOKENS[self._device.type]
         with self.computing(), torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(0)
-            for batch in by_length([len(one) for one in tokens], max_tokens, budget):
+            for batch in padded([len(one) for one in tokens], max_tokens, budget):
                 chosen = [tokens[index] for index in batch]
-                ids = pad(chosen, "left", self._device)
-                mask = pad([torch.ones_like(one) for one in chosen], "left", self._device)
+                ids = pad_left(chosen).to(self._device)
+                mask = pad_left([torch.ones_like(one) for one in chosen]).to(self._device)
                 rows = self.model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
                 for index, row in zip(batch, rows.tolist(), strict=True):
                     result[index] = list(itertools.takewhile(lambda one: one not in stop, row))
@@ -167,33 +173,24 @@ class TorchEngine:
         logprobs, greedy = [], []
         logits = self.logits(self.hidden(tokens[:-1])[start - 1 :])
         for piece, target in zip(logits, torch.split(targets, _SLICE), strict=True):
-            distribution = torch.log_softmax(piece, dim=-1, dtype=torch.float32)
-            logprobs.append(distribution.gather(1, target.unsqueeze(1)).squeeze(1))
-            # On a CPU the maximum takes a fraction of the time of its place.
-            greedy.append(logprobs[-1] >= distribution.amax(dim=-1))
+            scores = _log_softmax_at(piece, target)
+            logprobs.append(scores.logprobs)
+            greedy.append(scores.greedy)
         return TokenScores(torch.cat(logprobs).cpu(), torch.cat(greedy).cpu())
 
-    def _read_prefix(self, prefix: TokenIds) -> SharedPrefix | None:
-        if not len(prefix):
-            return None
-        # Without a config: every layer keeps the whole prefix.
-        cache = DynamicCache()
-        ids = torch.as_tensor(prefix, device=self._device).unsqueeze(0)
-        self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return SharedPrefix(cache)
-
-    def _choose(
-        self, cache: SharedPrefix | None, choices: list[int], batch: list[Tensor]
-    ) -> Tensor:
-        # Padding comes last, where no token attends to it.
-        ids = pad(batch, "right", self._device)
-        states = self.model.base_model(
-            input_ids=ids, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
-        last = torch.tensor([len(one) - 1 for one in batch], device=self._device)
-        rows = states[torch.arange(len(batch), device=self._device), last]
+    def _choose(self, prefix: Prefix, choices: list[int], batch: list[Tensor]) -> Tensor:
+        states = last_states(self.model.base_model, Packed(prefix, batch, self.model.dtype))
         logprobs = [
             torch.log_softmax(piece, dim=-1, dtype=torch.float32)[:, choices]
-            for piece in self.logits(rows)
+            for piece in self.logits(states)
         ]
         return torch.cat(logprobs).cpu()
+
+
+def _log_softmax_at(logits: Tensor, targets: Tensor) -> TokenScores:
+    """The scores of ``targets`` ``[n]`` under ``logits`` ``[n, vocabulary]``."""
+    if logits.dtype == torch.bfloat16 and logits.device.type == "cpu":
+        return TokenScores(*kernels.score(logits, targets))
+    distribution = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    logprobs = distribution.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return TokenScores(logprobs, logprobs >= distribution.amax(dim=-1))
