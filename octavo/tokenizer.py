@@ -26,7 +26,7 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises many kinds here
         raise OctavoError(
             f"{model} has no usable tokenizer: {one_line(error)}. Copy the model's tokenizer files there, "
-            "or pass token ids (an .npy file)."
+            "or pass token ids in an .npy file (--calib FILE.npy, --data FILE.npy)."
         ) from error
 
 

@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
+from octavo import Calibration, quantize
 from octavo.engines import ENGINES, open_engine
 from octavo.engines.torch import TorchEngine
 from octavo.engines.torch.batches import packed, padded
 from octavo.errors import OctavoError
+from octavo.loading import load
 
 # Log-probabilities of a random BF16 model, computed with other shapes of the same products.
 BF16_NOISE = 0.05
@@ -144,6 +146,25 @@ class TestChoose:
             reference(model, torch.cat([prefix, one]))[-1, list(self.CHOICES)] for one in suffixes
         ]
         torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+    def test_an_edition_with_an_fp8_cache(self, tmp_path: Path) -> None:
+        """Prefix and suffixes both pass through the cache's scales, which matters on this model."""
+        source = tiny.build("llama", tmp_path / "source", dtype=torch.float32)
+        calibration = Calibration(source=str(tiny.save_ids(tmp_path / "ids.npy")))
+        quantize(source, tmp_path / "edition", calibration=calibration)
+        prefix, suffixes = tokens(40), [tokens(length, seed=length) for length in (5, 1, 30)]
+        model, _ = load(tmp_path / "edition", "cpu")
+        expected = torch.stack([reference(model, torch.cat([prefix, one]))[-1] for one in suffixes])
+        engine: Any = open_engine("torch", tmp_path / "edition", "cpu")
+        with closing(engine):
+            found = engine.choose(prefix, suffixes, range(tiny.VOCAB_SIZE))
+            for module in engine.model.modules():
+                if hasattr(module, "v_scale"):
+                    # Now most values round to zero.
+                    module.v_scale.mul_(4096)
+            other = engine.choose(prefix, suffixes, range(tiny.VOCAB_SIZE))
+        error, without = ((one - expected).abs().mean() for one in (found, other))
+        assert error < 0.01 < 0.03 < without
 
     def test_the_prefix_is_read_once(
         self, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch

@@ -579,10 +579,11 @@ class TestJournal:
     def test_the_other_tasks_resume(
         self, task: str, model: Path, other: Path, tmp_path: Path
     ) -> None:
-        options: dict[str, Any] = {
+        every: dict[str, dict[str, Any]] = {
             "kl": {"reference": model, "data": save_tokens(tmp_path / "a.npy", 64), "seq_len": 16},
             "mmlu": {"data": save_questions(tmp_path / "mmlu")},
-        }[task]
+        }
+        options = every[task]
 
         def stop(_: Progress) -> None:
             raise KeyboardInterrupt

@@ -41,35 +41,40 @@ def test_perplexity_is_that_of_transformers(sample: Path, data: Path) -> None:
 def test_a_shared_prefix_gives_the_answers_of_full_prompts(
     engine: Engine, sample: Path, data: Path
 ) -> None:
-    """Other shapes of the same products round otherwise, so a close call may go the other way."""
+    """The same products in other shapes round otherwise in BF16: log-probabilities of some -2 move by up
+    to 0.3 here. This small model is close to guessing, so a few answers hang on less than that."""
+    noise = 0.35
     encoder = PromptEncoder(load_tokenizer(sample), engine.max_positions)
     subjects = load_subjects(
-        data / "mmlu", shots=5, limit=10, only=["anatomy", "professional_accounting"]
+        data / "mmlu", shots=5, limit=24, only=["anatomy", "professional_accounting"]
     )
     disagreements = 0
     for subject in subjects:
         for batch in encoder.batches(subject):
             assert len(batch.prefix) > 200
             shared = engine.choose(batch.prefix, batch.suffixes, encoder.choices)
-            prompts = [batch.prefix + suffix for suffix in batch.suffixes]
-            # The whole vocabulary after each prompt, as the score of one more token: the choice.
-            separate = torch.tensor(
+            # The log-probability of a letter as one more token of the prompt, one at a time.
+            alone = torch.tensor(
                 [
                     [
-                        next(engine.score([[*prompt, choice]], [len(prompt)])).logprobs.item()
-                        for choice in encoder.choices
+                        score.logprobs.item()
+                        for score in engine.score(
+                            [[*batch.prefix, *suffix, choice] for choice in encoder.choices],
+                            [len(batch.prefix) + len(suffix)] * len(encoder.choices),
+                        )
                     ]
-                    for prompt in prompts[:2]
+                    for suffix in batch.suffixes[:4]
                 ]
             )
-            assert (shared[:2] - separate).abs().max() < 0.25
-            alone = engine.choose([], prompts, encoder.choices)
-            assert (shared - alone).abs().max() < 0.25
-            close = alone.topk(2).values.diff().abs().squeeze(1) < 0.25
-            differs = shared.argmax(dim=-1) != alone.argmax(dim=-1)
-            assert not (differs & ~close).any()
+            assert (shared[:4] - alone).abs().max() < noise
+            prompts = [batch.prefix + suffix for suffix in batch.suffixes]
+            whole = engine.choose([], prompts, encoder.choices)
+            assert (shared - whole).abs().max() < noise
+            best, second = whole.topk(2).values.T
+            differs = shared.argmax(dim=-1) != whole.argmax(dim=-1)
+            assert not (differs & (best - second > 2 * noise)).any()
             disagreements += int(differs.sum())
-    assert disagreements <= 2
+    assert disagreements <= 5
 
 
 @pytest.mark.lm_eval
