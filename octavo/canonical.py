@@ -6,6 +6,7 @@ Names and shapes are those of :mod:`octavo.formats.dialect`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,7 @@ def quantize_layer(
     maxima: Mapping[str, Tensor],
     activations: Mapping[str, Tensor],
     scheme: Scheme,
+    pool: Executor,
 ) -> tuple[dict[str, Tensor], dict[str, fp8.RoundingError]]:
     """Fold one layer into FP8.
 
@@ -79,12 +81,17 @@ def quantize_layer(
         activations: amax of the linears' inputs (``<module>``) and of keys and values
             (``<block>.k``, ``<block>.v``), float32 scalars; those the scheme needs.
         scheme: how.
+        pool: runs the casts, one weight each.
 
     Returns:
         The canonical tensors on the CPU, and what rounding did to each linear layer's weight.
     """
     errors: dict[str, fp8.RoundingError] = {}
     scales = _weight_scales(plan.linears, maxima, scheme)
+    casts = {
+        module: pool.submit(fp8.quantize_and_measure, tensors[f"{module}.weight"], scale)
+        for module, scale in scales.items()
+    }
     canonical: dict[str, Tensor] = {}
     for name in plan.tensors:
         module = name.removesuffix(".weight")
@@ -92,7 +99,7 @@ def quantize_layer(
             # A copy: the buffer the tensor lies in is filled again before this one is written.
             canonical[name] = tensors[name].to("cpu", copy=True)
             continue
-        codes, errors[module] = fp8.quantize_and_measure(tensors[name], scales[module])
+        codes, errors[module] = casts[module].result()
         canonical[name] = codes.cpu()
         canonical[f"{module}.weight_scale"] = scales[module].cpu()
         if scheme.inputs == "static":

@@ -209,7 +209,11 @@ def _run_layers(
 ) -> _Statistics:
     """Calibrate, quantize and write every layer, and carry the rest over."""
     found = _Statistics({}, {})
-    with ThreadPoolExecutor(1, "octavo-write") as writes, closing(_read_ahead(job)) as layers:
+    with (
+        ThreadPoolExecutor(1, "octavo-write") as writes,
+        ThreadPoolExecutor(torch.get_num_threads(), "octavo-cast") as casts,
+        closing(_read_ahead(job)) as layers,
+    ):
         # Each layer waits for the one before to be on disk, so at most two are held in memory.
         written = writes.submit(_write_rest, job, writer)
         for index, tensors in layers:
@@ -217,9 +221,8 @@ def _run_layers(
             tensors = {name: tensor.to(job.decoder.device) for name, tensor in tensors.items()}
             with job.clock("quantize"):
                 # Before the layer is run: a NaN is the weight's fault, not the activations'.
-                weights = {
-                    name: canonical.finite_amax(name, tensor) for name, tensor in tensors.items()
-                }
+                amax = casts.map(canonical.finite_amax, tensors.keys(), tensors.values())
+                weights = dict(zip(tensors, amax, strict=True))
             activations: dict[str, Tensor] = {}
             if stream is not None:
                 with job.clock("calibrate"):
@@ -228,7 +231,7 @@ def _run_layers(
                     job.decoder.unload(index)
             with job.clock("quantize"):
                 layer, errors = canonical.quantize_layer(
-                    plan, tensors, weights, activations, job.scheme
+                    plan, tensors, weights, activations, job.scheme, casts
                 )
             with job.clock("wait for disk"):
                 written.result()

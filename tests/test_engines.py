@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -244,7 +245,9 @@ class FakeLlm:
     def __init__(self, **options: Any) -> None:
         self.options = options
         config = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 100)
-        self.llm_engine = SimpleNamespace(model_config=config)
+        self.running = True
+        core = SimpleNamespace(shutdown=lambda: setattr(self, "running", False))
+        self.llm_engine = SimpleNamespace(model_config=config, engine_core=core)
 
     def generate(self, prompts: list[Any], params: Any, *, use_tqdm: bool) -> list[Any]:
         assert not use_tqdm
@@ -262,7 +265,8 @@ class FakeLlm:
         )
 
     def logprob(self, token: int) -> Any:
-        return SimpleNamespace(logprob=-float(token), rank=token + 1)
+        # Its ranks are no use: the likeliest token comes second where another is as likely.
+        return SimpleNamespace(logprob=-float(token), rank=token + 2)
 
 
 class TestVllm:
@@ -272,6 +276,8 @@ class TestVllm:
         module.LLM = FakeLlm
         module.SamplingParams = SimpleNamespace
         monkeypatch.setitem(sys.modules, "vllm", module)
+        # What the engine sets is gone after the test.
+        monkeypatch.setattr(os, "environ", {"VLLM_LOGGING_LEVEL": "INFO"})
         return module
 
     def test_score(self, vllm: Any, tiny_llama: Path) -> None:
@@ -296,6 +302,15 @@ class TestVllm:
         assert engine._llm.options["skip_tokenizer_init"] is True
         assert engine._llm.options["enable_prefix_caching"] is True
         assert (engine.vocab_size, engine.max_positions) == (100, 62)
+        # It logs to standard error, and as much as the user wants.
+        assert os.environ["VLLM_LOGGING_STREAM"] == "ext://sys.stderr"
+        assert os.environ["VLLM_LOGGING_LEVEL"] == "INFO"
+
+    def test_close(self, vllm: Any, tiny_llama: Path) -> None:
+        engine: Any = open_engine("vllm", tiny_llama)
+        assert engine._llm.running
+        engine.close()
+        assert not engine._llm.running
 
     def test_absent(self, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
         monkeypatch.setitem(sys.modules, "vllm", None)
@@ -313,6 +328,17 @@ class TestVllm:
         vllm.LLM = refuse
         with pytest.raises(OctavoError, match=r"vLLM cannot load .*no such architecture"):
             open_engine("vllm", tiny_llama)
+
+    def test_a_failure(self, vllm: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("out of\nmemory")
+
+        monkeypatch.setattr(FakeLlm, "generate", fail)
+        with (
+            closing(open_engine("vllm", tiny_llama)) as engine,
+            pytest.raises(OctavoError, match=r"vLLM cannot run .*out of memory.*--engine torch"),
+        ):
+            engine.generate([[1]], max_tokens=1)
 
 
 def test_every_engine_is_tested_here() -> None:

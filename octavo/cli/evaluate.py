@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         PerplexityResult,
     )
 
+RESUME = "the same command with --resume takes it up where it stopped"
+
 Rows = list[tuple[str, str]]
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, BF16 or FP8, or a hub id.")]
@@ -29,7 +31,7 @@ EngineName = Annotated[str, typer.Option(help="What runs the model: torch or vll
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 
 
-@command(name="eval")
+@command("eval", after_interrupt=RESUME)
 def evaluate(
     model: Model,
     task: Annotated[

@@ -29,11 +29,14 @@ app = typer.Typer(
 )
 
 
-def command(name: str | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def command(
+    name: str | None = None, *, after_interrupt: str = "nothing is left behind"
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Register a command whose user errors exit with 2, failures with 1, signals with 128 + N.
 
     Args:
         name: what users type; the function's name, with dashes, by default.
+        after_interrupt: what a user who pressed Ctrl-C should know.
     """
 
     def register(function: Callable[P, T]) -> Callable[P, T]:
@@ -52,7 +55,7 @@ def command(name: str | None = None) -> Callable[[Callable[P, T]], Callable[P, T
                 )
                 raise typer.Exit(1) from None
             except KeyboardInterrupt:
-                say("red", "error", "interrupted; the partial output has been removed.")
+                say("red", "error", f"interrupted; {after_interrupt}.")
                 raise typer.Exit(130) from None
 
         app.command(name)(run)

@@ -26,7 +26,7 @@ class KvCache(StrEnum):
     none = "none"
 
 
-@command()
+@command(after_interrupt="the partial output has been removed")
 def quantize(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],

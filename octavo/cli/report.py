@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from octavo.allocator import quick_imports
-from octavo.cli.evaluate import Device, Quiet
+from octavo.cli.evaluate import RESUME, Device, Quiet
 from octavo.cli.program import command
 from octavo.console import CountProgress, estimate, results_table, size_change, stdout
 
 
-@command()
+@command(after_interrupt=RESUME)
 def report(
     model: Annotated[str, typer.Argument(help="The FP8 edition's directory.")],
     reference: Annotated[str, typer.Option(help="The checkpoint it was made from.")],

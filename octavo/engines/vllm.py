@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,15 @@ from octavo.errors import OctavoError, one_line
 # Sequences handed over at a time, for vLLM to batch as it likes.
 _CHUNK = 64
 
+# What vLLM reads when it is imported, where the user has not set it.
+_SETTINGS = {
+    # Standard output is for results.
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    # Its warnings are many, some with a traceback. A process of its own loads the model and logs
+    # what goes wrong there as an error.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
 
 def start(model: Path, device: str) -> VllmEngine:
     """Load the checkpoint in directory ``model`` where vLLM likes it.
@@ -29,6 +39,8 @@ def start(model: Path, device: str) -> VllmEngine:
             f"--device {device} does not go with the engine vllm, which runs on the device it was "
             "built for. Drop --device, or choose with CUDA_VISIBLE_DEVICES."
         )
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         vllm: Any = import_module("vllm")
     except ImportError as error:
@@ -48,7 +60,7 @@ def start(model: Path, device: str) -> VllmEngine:
         raise OctavoError(
             f"vLLM cannot load {model}: {one_line(error)}. Try the engine torch (--engine torch)."
         ) from error
-    return VllmEngine(llm, vllm.SamplingParams)
+    return VllmEngine(llm, vllm.SamplingParams, model)
 
 
 class VllmEngine:
@@ -56,13 +68,14 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, llm: Any, sampling_params: Any) -> None:
+    def __init__(self, llm: Any, sampling_params: Any, model: Path) -> None:
         """
         Args:
             llm: a ``vllm.LLM``.
             sampling_params: the class ``vllm.SamplingParams``.
+            model: the checkpoint directory, for messages.
         """
-        self._llm, self._params = llm, sampling_params
+        self._llm, self._params, self._model = llm, sampling_params, model
         config = llm.llm_engine.model_config
         self.vocab_size: int = config.get_vocab_size()
         # It reads every token, the one that is only predicted too, and always makes one more.
@@ -76,15 +89,18 @@ class VllmEngine:
         while chunk := list(itertools.islice(items, _CHUNK)):
             outputs = self._run([tokens for tokens, _ in chunk], max_tokens=1, prompt_logprobs=1)
             for (tokens, begin), output in zip(chunk, outputs, strict=True):
-                # Position by position, the likeliest tokens and the prompt's own.
+                # Position by position, the likeliest token and the prompt's own.
                 found = [
-                    output.prompt_logprobs[position][int(tokens[position])]
-                    for position in range(begin, len(tokens))
+                    {token: one.logprob for token, one in row.items()}
+                    for row in output.prompt_logprobs[begin:]
                 ]
-                yield TokenScores(
-                    torch.tensor([one.logprob for one in found], dtype=torch.float32),
-                    torch.tensor([one.rank == 1 for one in found], dtype=torch.bool),
+                scored = torch.tensor(
+                    [row[token] for row, token in zip(found, _ids(tokens)[begin:], strict=True)],
+                    dtype=torch.float32,
                 )
+                # Not by rank, which counts equally likely tokens as more likely ones.
+                best = torch.tensor([max(row.values()) for row in found], dtype=torch.float32)
+                yield TokenScores(scored, scored >= best)
 
     def choose(
         self, prefix: TokenIds, suffixes: Sequence[TokenIds], choices: Sequence[int]
@@ -121,14 +137,19 @@ class VllmEngine:
         ]
 
     def close(self) -> None:
-        """Free the model."""
-        self._llm = None
+        """End the processes that hold the model, which outlive the ``vllm.LLM``."""
+        self._llm.llm_engine.engine_core.shutdown()
 
     def _run(self, prompts: Sequence[TokenIds], **options: Any) -> list[Any]:
         params = self._params(**{"temperature": 0.0, "detokenize": False, **options})
-        outputs: list[Any] = self._llm.generate(
-            [{"prompt_token_ids": _ids(prompt)} for prompt in prompts], params, use_tqdm=False
-        )
+        inputs = [{"prompt_token_ids": _ids(prompt)} for prompt in prompts]
+        try:
+            outputs: list[Any] = self._llm.generate(inputs, params, use_tqdm=False)
+        except Exception as error:  # as in `start`
+            raise OctavoError(
+                f"vLLM cannot run {self._model}: {one_line(error)}. Try the engine torch "
+                "(--engine torch)."
+            ) from error
         return outputs
 
 
