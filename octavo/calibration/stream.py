@@ -15,7 +15,7 @@ from octavo.fused import fused_kernels
 
 # Tokens computed at a time: enough to keep matrix products efficient, few enough that the
 # activations of a batch stay small.
-_BATCH_TOKENS = {"cpu": 1536, "cuda": 32768}
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
 
 
 class CalibrationStream:
