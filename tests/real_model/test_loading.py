@@ -19,8 +19,9 @@ pytestmark = pytest.mark.real_model
 
 @pytest.fixture(scope="session")
 def windows(golden: Path) -> Tensor:
-    """int64 [4, 512]: text of WikiText-2."""
-    return torch.from_numpy(np.load(golden / "calib_tokens.npy")[:4].astype(np.int64))
+    """int64 [4, 2048]: text of WikiText-2."""
+    tokens = np.load(golden / "calib_tokens.npy")[:16].astype(np.int64)
+    return torch.from_numpy(tokens).view(4, 2048)
 
 
 def nll(model: Any, windows: Tensor) -> float:
@@ -43,7 +44,8 @@ def test_perplexity_is_that_of_float32_fake_quantization(
 ) -> None:
     expected = nll(fake_quantized(sample, tensors_of(modelopt_edition)), windows)
     found = nll(load(modelopt_edition)[0], windows)
-    # Perplexities within 0.3 %, of a loss that is an order of magnitude larger.
+    # Perplexities within 0.3 %. BF16 and float32 round some inputs to different codes, which moves a
+    # window's loss by up to 1 % either way; over all windows that cancels.
     assert abs(found - expected) < 0.003
     assert expected - unquantized > 0.02
 
