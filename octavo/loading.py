@@ -157,11 +157,11 @@ def _fill(model: PreTrainedModel, edition: Edition, device: torch.device) -> Non
         else:
             _assign(model, name, tensor.to(device, dtype))
     model.tie_weights()
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         # Tables that no checkpoint holds.
         if type(module).__name__.endswith("RotaryEmbedding"):
             build: Any = type(module)
-            model.set_submodule(_name_of(model, module), build(model.config).to(device))
+            model.set_submodule(name, build(model.config).to(device))
 
 
 def _check_scales(edition: Edition, scales: dict[str, Tensor]) -> None:
@@ -186,12 +186,8 @@ def _canonical(name: str) -> str:
 
 def _embedding(model: PreTrainedModel) -> str:
     embedding: Any = model.get_input_embeddings()
-    return f"{_name_of(model, embedding)}.weight"
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    name: str = next(name for name, one in model.named_modules() if one is module)
-    return name
+    name: str = next(name for name, one in model.named_modules() if one is embedding)
+    return f"{name}.weight"
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
