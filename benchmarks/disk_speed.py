@@ -1,4 +1,4 @@
-"""How near to disk speed a checkpoint streams through with ``--calib none``.
+"""How near to disk speed a checkpoint streams through with ``--scheme fp8-dynamic``.
 
 A random-weight checkpoint is quantized, and in the same run the same bytes are plainly read
 (``preadv`` into one buffer) and the edition's bytes plainly written (``pwrite`` and ``fsync``).
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true")
     options = parser.parse_args()
     keep_freed_memory()
-    scheme = Scheme(inputs="dynamic", kv_cache="none")
+    scheme = Scheme(weights="channel", inputs="dynamic", kv_cache="none")
     CACHE.mkdir(exist_ok=True)
     ours, plain = [], []
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:

@@ -5,7 +5,7 @@ Names and shapes are those of :mod:`octavo.formats.dialect`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from typing import NamedTuple
 
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from octavo import fp8
 from octavo.errors import not_finite
-from octavo.scheme import FUSED_GROUPS, Scheme
+from octavo.scheme import BLOCK, FUSED_GROUPS, Granularity, Scheme
+
+_SCALE_SHAPES: dict[Granularity, Callable[[int, int], tuple[int, ...]]] = {
+    "tensor": lambda rows, columns: (),
+    "channel": lambda rows, columns: (rows, 1),
+    "block": lambda rows, columns: (-(-rows // BLOCK), -(-columns // BLOCK)),
+}
 
 
 class LayerPlan(NamedTuple):
@@ -44,8 +50,8 @@ def layout_layer(
         scheme: decides which scales exist.
     """
 
-    def scalar() -> Tensor:
-        return torch.empty((), dtype=torch.float32, device="meta")
+    def scale(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device="meta")
 
     weights = {f"{module}.weight" for module in plan.linears}
     layout: dict[str, Tensor] = {}
@@ -54,13 +60,13 @@ def layout_layer(
             layout[name] = source[name]
             continue
         layout[name] = source[name].to(fp8.E4M3)
-        layout[f"{name}_scale"] = scalar()
+        layout[f"{name}_scale"] = scale(*_SCALE_SHAPES[scheme.weights](*source[name].shape))
         if scheme.inputs == "static":
-            layout[f"{name.removesuffix('weight')}input_scale"] = scalar()
+            layout[f"{name.removesuffix('weight')}input_scale"] = scale()
     if scheme.kv_cache == "fp8":
         for block in plan.attention:
-            layout[f"{block}.k_scale"] = scalar()
-            layout[f"{block}.v_scale"] = scalar()
+            layout[f"{block}.k_scale"] = scale()
+            layout[f"{block}.v_scale"] = scale()
     return layout
 
 
@@ -87,21 +93,25 @@ def quantize_layer(
         The canonical tensors on the CPU, and what rounding did to each linear layer's weight.
     """
     errors: dict[str, fp8.RoundingError] = {}
-    scales = _weight_scales(plan.linears, maxima, scheme)
-    casts = {
-        module: pool.submit(fp8.quantize_and_measure, tensors[f"{module}.weight"], scale)
-        for module, scale in scales.items()
-    }
+    amax = _weight_amax(plan.linears, maxima, scheme)
+
+    def cast(module: str) -> tuple[Tensor, Tensor, fp8.RoundingError]:
+        weight = tensors[f"{module}.weight"]
+        found = amax[module] if scheme.weights == "tensor" else _FINER[scheme.weights](weight)
+        scale = fp8.scale_from_amax(found)
+        return scale, *fp8.quantize_and_measure(weight, scale)
+
+    casts = {module: pool.submit(cast, module) for module in plan.linears}
     canonical: dict[str, Tensor] = {}
     for name in plan.tensors:
         module = name.removesuffix(".weight")
-        if module not in scales or not name.endswith(".weight"):
+        if module not in casts or not name.endswith(".weight"):
             # A copy: the buffer the tensor lies in is filled again before this one is written.
             canonical[name] = tensors[name].to("cpu", copy=True)
             continue
-        codes, errors[module] = casts[module].result()
+        scale, codes, errors[module] = casts[module].result()
         canonical[name] = codes.cpu()
-        canonical[f"{module}.weight_scale"] = scales[module].cpu()
+        canonical[f"{module}.weight_scale"] = scale.cpu()
         if scheme.inputs == "static":
             canonical[f"{module}.input_scale"] = fp8.scale_from_amax(activations[module])
     if scheme.kv_cache == "fp8":
@@ -127,16 +137,22 @@ def finite_amax(name: str, tensor: Tensor) -> Tensor:
     return result
 
 
-def _weight_scales(
+_FINER: dict[Granularity, Callable[[Tensor], Tensor]] = {
+    "channel": fp8.amax_by_channel,
+    "block": fp8.amax_by_block,
+}
+
+
+def _weight_amax(
     linears: Iterable[str], maxima: Mapping[str, Tensor], scheme: Scheme
 ) -> dict[str, Tensor]:
-    """The scale of each linear layer's weight, by module name."""
+    """The amax that a linear layer's one weight scale is taken from, by module name."""
     merged = {module: maxima[f"{module}.weight"] for module in linears}
     if scheme.merge_scales:
         for members in fused_groups(merged):
             shared = torch.stack([merged[module] for module in members]).amax()
             merged |= dict.fromkeys(members, shared)
-    return {module: fp8.scale_from_amax(value) for module, value in merged.items()}
+    return merged
 
 
 def fused_groups(linears: Iterable[str]) -> list[list[str]]:

@@ -4,12 +4,13 @@ The format is E4M3 as in "FP8 Formats for Deep Learning" (Micikevicius et al., 2
 arXiv:2209.05433), PyTorch's ``float8_e4m3fn``: 4 exponent bits, 3 mantissa bits, largest finite
 value 448, one NaN pattern per sign, no infinities.
 
-A quantized tensor is a pair of codes and scale with ``value ≈ code · scale``. Quantizing divides
+A quantized tensor is a pair of codes and scale with ``value ≈ code · scale``. A scale is float32: a
+scalar, ``[rows, 1]``, or ``[⌈rows/128⌉, ⌈columns/128⌉]`` for blocks of a matrix. Quantizing divides
 by the scale once, in float32, clamps to ±448 and rounds to nearest even. The reference tools
 divide in BF16, which rounds twice.
 
-Whole tensors are never converted to float32. BF16 on the CPU is cast in one pass; elsewhere the
-arithmetic runs through a small float32 buffer that stays in cache. A chain of full-size temporaries
+Casting never converts whole tensors to float32. BF16 on the CPU is cast in one pass; elsewhere the
+arithmetic runs through small float32 pieces that stay in cache. A chain of full-size temporaries
 is some forty times slower, nearly all of it page faults.
 """
 
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 
 from octavo import kernels
+from octavo.scheme import BLOCK
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
-# Elements of the float32 work buffer, by kind of device: small enough for a core's cache, or to be
+# Elements of a float32 piece, by kind of device: small enough for a core's cache, or to be
 # no burden on a GPU, and large enough that the cost of a call does not count.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
@@ -44,6 +46,38 @@ def amax(tensor: Tensor) -> Tensor:
         return kernels.amax(tensor)
     low, high = torch.aminmax(tensor)
     return torch.maximum(-low, high).float()
+
+
+def amax_by_channel(matrix: Tensor) -> Tensor:
+    """Largest absolute value of each row of ``matrix``, any floating dtype: float32 ``[rows, 1]``."""
+    low, high = torch.aminmax(matrix, dim=1, keepdim=True)
+    return torch.maximum(-low, high).float()
+
+
+def amax_by_block(matrix: Tensor) -> Tensor:
+    """Largest absolute value of each 128 x 128 block of ``matrix``, those at its edges smaller.
+
+    Args:
+        matrix: ``[rows, columns]``, any floating dtype.
+
+    Returns:
+        float32 ``[⌈rows/128⌉, ⌈columns/128⌉]``.
+    """
+    strips = []
+    for rows in torch.split(matrix, BLOCK):
+        low, high = torch.aminmax(rows, dim=0)
+        columns = torch.maximum(-low, high).float()
+        strips.append(torch.stack([part.amax() for part in torch.split(columns, BLOCK)]))
+    return torch.stack(strips)
+
+
+def spread(scale: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """``scale`` as it broadcasts over a tensor of ``shape``: block scales are repeated."""
+    if not scale.ndim or tuple(scale.shape) == (shape[0], 1):
+        return scale
+    rows, columns = shape
+    wide = scale.repeat_interleave(BLOCK, 1)[:, :columns]
+    return wide.repeat_interleave(BLOCK, 0)[:rows]
 
 
 def scale_from_amax(amax: Tensor) -> Tensor:
@@ -76,8 +110,8 @@ def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
     """E4M3 codes of ``tensor``, rounded to nearest even, saturating at ±448.
 
     Args:
-        tensor: any shape, finite, any floating dtype.
-        scale: float32 scalar, positive.
+        tensor: any shape, finite, any floating dtype; a matrix unless ``scale`` is a scalar.
+        scale: float32, positive, a scalar or one for each row or block.
 
     Returns:
         ``float8_e4m3fn``, the shape of ``tensor``.
@@ -88,46 +122,68 @@ def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
 def quantize_and_measure(tensor: Tensor, scale: Tensor) -> tuple[Tensor, RoundingError]:
     """:func:`quantize`, and what it did to the tensor."""
     codes = torch.empty(tensor.shape, dtype=E4M3, device=tensor.device)
-    source, target = tensor.reshape(-1), codes.view(-1)
+    # With one scale the shape does not matter.
+    shape = tuple(tensor.shape) if scale.ndim else (1, tensor.numel())
+    source, target = tensor.reshape(shape), codes.view(shape)
     if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
-        noise, signal, underflows = kernels.to_e4m3(source, scale.item(), target)
+        by_row = not scale.ndim or tuple(scale.shape) == (shape[0], 1)
+        tile = (1, max(shape[1], 1)) if by_row else (BLOCK, BLOCK)
+        scales = scale if scale.ndim else scale.view(1, 1)
+        noise, signal, underflows = kernels.to_e4m3(source, scales, tile, target)
     else:
         noise, signal, underflows = _cast_in_chunks(source, scale, target)
     return codes, RoundingError(
-        10 * math.log10(signal / noise) if noise else None, underflows / max(len(source), 1)
+        10 * math.log10(signal / noise) if noise else None, underflows / max(tensor.numel(), 1)
     )
 
 
 def _cast_in_chunks(source: Tensor, scale: Tensor, target: Tensor) -> tuple[float, float, int]:
     """:func:`octavo.kernels.to_e4m3` for any dtype and device."""
-    chunk = _CHUNK[source.device.type]
-    buffer = torch.empty(min(chunk, source.numel()), dtype=torch.float32, device=source.device)
     sums = torch.zeros(3, dtype=torch.float64, device=source.device)
-    for start in range(0, source.numel(), chunk):
-        piece, codes = source[start : start + chunk], target[start : start + chunk]
-        work = buffer[: piece.numel()].copy_(piece)
-        work.div_(scale).clamp_(-E4M3_MAX, E4M3_MAX)
-        codes.copy_(work)
-        sums[1] += work.square().sum()
-        sums[2] += work.count_nonzero()
-        work.sub_(codes.float())
-        sums[0] += work.square_().sum()
-        sums[2] -= codes.float().count_nonzero()
+    limit = _CHUNK[source.device.type]
+    # One row where there is one scale, else as many whole rows of blocks as fit.
+    rows = max(limit // max(source.shape[1], 1) // BLOCK, 1) * BLOCK
+    for top in range(0, source.shape[0], rows):
+        strip = slice(top, top + rows)
+        scales = spread(_strip(scale, top, rows, source.shape[0]), source[strip].shape)
+        step = limit if not scale.ndim else max(source.shape[1], 1)
+        for start in range(0, source.shape[1], step):
+            part = slice(start, start + step)
+            sums += _cast(source[strip, part], scales, target[strip, part])
     noise, signal, underflows = sums.tolist()
     return noise, signal, int(underflows)
+
+
+def _strip(scale: Tensor, top: int, rows: int, height: int) -> Tensor:
+    """The scales of some rows, ``top`` a multiple of the block."""
+    if not scale.ndim or scale.shape[0] == height:
+        return scale[top : top + rows] if scale.ndim else scale
+    return scale[top // BLOCK : -(-(top + rows) // BLOCK)]
+
+
+def _cast(source: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """Write the codes of a piece; float64 sums of squared errors, of squared values, and underflows."""
+    work = (source.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX)
+    target.copy_(work)
+    nonzero = work.count_nonzero()
+    signal = (work * scale).square_().sum()
+    codes = target.float()
+    lost = nonzero - codes.count_nonzero()
+    noise = work.sub_(codes).mul_(scale).square_().sum()
+    return torch.stack([noise.double(), signal.double(), lost.double()])
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """The float32 values that ``codes`` and ``scale`` stand for.
 
     Args:
-        codes: ``float8_e4m3fn``, any shape.
-        scale: float32, broadcastable to ``codes``.
+        codes: ``float8_e4m3fn``, any shape; a matrix unless ``scale`` is a scalar.
+        scale: float32, a scalar or one for each row or block.
 
     Returns:
         float32, the shape of ``codes``.
     """
-    return codes.to(torch.float32).mul_(scale)
+    return codes.to(torch.float32).mul_(spread(scale, codes.shape))
 
 
 def round_trip(tensor: Tensor, scale: Tensor) -> Tensor:

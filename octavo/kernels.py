@@ -178,30 +178,34 @@ def _nearest_e4m3(value: Any) -> Any:
 
 
 @njit(**_JIT)
-def _to_e4m3(x: Any, scale: Any, codes: Any) -> Any:
+def _to_e4m3(x: Any, scales: Any, tile_rows: Any, tile_columns: Any, codes: Any) -> Any:
     noise, signal, underflows = np.float64(0), np.float64(0), np.int64(0)
-    # In blocks: the sums of one are precise enough in float32, and those of all are in float64.
-    for start in range(0, x.shape[0], 4096):
-        block_noise, block_signal, lost = np.float32(0), np.float32(0), np.float32(0)
-        block, target = x[start : start + 4096], codes[start : start + 4096]
-        for i in range(block.shape[0]):
-            value = _widen(block[i]) / scale
-            nearest = _nearest_e4m3(value)
-            bits = _bits(nearest)
-            magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-            # Of the 8 exponent and 23 mantissa bits E4M3 has the low 4, less the bias, and the top 3;
-            # a subnormal number is a count of units of 2^-9.
-            normal = np.uint32((magnitude >> np.uint32(20)) - np.uint32(960))
-            subnormal = np.uint32(np.int32(_float(magnitude) * np.float32(512)))
-            code = normal if magnitude >= np.uint32(0x3C800000) else subnormal
-            target[i] = np.uint8(((bits >> np.uint32(24)) & np.uint32(0x80)) | code)
-            block_noise += (nearest - value) * (nearest - value)
-            block_signal += value * value
-            zeroed = magnitude == np.uint32(0) and value != np.float32(0)
-            lost += np.float32(1) if zeroed else np.float32(0)
-        noise += np.float64(block_noise)
-        signal += np.float64(block_signal)
-        underflows += np.int64(lost)
+    # In runs: the sums of one are precise enough in float32, and those of all are in float64.
+    step = min(4096, tile_columns)
+    for row in range(x.shape[0]):
+        for start in range(0, x.shape[1], step):
+            scale = scales[row // tile_rows, start // tile_columns]
+            run_noise, run_signal, lost = np.float32(0), np.float32(0), np.float32(0)
+            run, target = x[row, start : start + step], codes[row, start : start + step]
+            for i in range(run.shape[0]):
+                value = _widen(run[i]) / scale
+                nearest = _nearest_e4m3(value)
+                bits = _bits(nearest)
+                magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+                # Of the 8 exponent and 23 mantissa bits E4M3 has the low 4, less the bias, and the
+                # top 3; a subnormal number is a count of units of 2^-9.
+                normal = np.uint32((magnitude >> np.uint32(20)) - np.uint32(960))
+                subnormal = np.uint32(np.int32(_float(magnitude) * np.float32(512)))
+                code = normal if magnitude >= np.uint32(0x3C800000) else subnormal
+                target[i] = np.uint8(((bits >> np.uint32(24)) & np.uint32(0x80)) | code)
+                run_noise += (nearest - value) * (nearest - value)
+                run_signal += value * value
+                zeroed = magnitude == np.uint32(0) and value != np.float32(0)
+                lost += np.float32(1) if zeroed else np.float32(0)
+            squared = np.float64(scale) * np.float64(scale)
+            noise += np.float64(run_noise) * squared
+            signal += np.float64(run_signal) * squared
+            underflows += np.int64(lost)
     return noise, signal, underflows
 
 
@@ -266,20 +270,23 @@ def from_e4m3(codes: Tensor, out: Tensor) -> None:
     _from_e4m3(codes.view(torch.uint8).numpy(), _raw(out))
 
 
-def to_e4m3(x: Tensor, scale: float, codes: Tensor) -> tuple[float, float, int]:
+def to_e4m3(
+    x: Tensor, scales: Tensor, tile: tuple[int, int], codes: Tensor
+) -> tuple[float, float, int]:
     """Write ``x / scale``, saturated at ±448 and rounded to nearest even, as E4M3 codes.
 
     Args:
-        x: bfloat16, one-dimensional, contiguous, finite, on the CPU.
-        scale: a float32 value, positive.
-        codes: ``float8_e4m3fn`` of the same length, written.
+        x: bfloat16 ``[rows, columns]``, contiguous, finite, on the CPU.
+        scales: float32 ``[⌈rows / tile rows⌉, ⌈columns / tile columns⌉]``, positive.
+        tile: rows and columns that share a scale; the columns divide 4096, or are all there are.
+        codes: ``float8_e4m3fn`` of the shape of ``x``, written.
 
     Returns:
-        The sums of squares of rounding errors and of values, both divided by ``scale²``, and how
-        many values other than zero became zero.
+        The sums of squares of rounding errors and of values, and how many values other than zero
+        became zero.
     """
     noise, signal, underflows = _to_e4m3(
-        _raw(x), np.float32(scale), codes.view(torch.uint8).numpy()
+        _raw(x), scales.numpy(), *tile, codes.view(torch.uint8).numpy()
     )
     return noise, signal, underflows
 

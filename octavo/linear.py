@@ -5,6 +5,9 @@ result is rescaled. On a GPU with FP8 tensor cores that is ``torch._scaled_mm``.
 numbers take another way: every E4M3 number is a BF16 number, so decoded weights and rounded inputs
 go through PyTorch's BF16 product, which accumulates in float32 like the tensor cores do and applies
 the scale there, before it rounds to BF16 once.
+
+With a scale for each block of a weight, and for each group of an input, no product of codes alone can
+be rescaled afterwards: both are dequantized and multiplied in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo import fp8, kernels
+from octavo.scheme import BLOCK, Inputs
 
 # Elements of a tile of decoded weights: 32 MB of BF16, reused by all layers a thread runs.
 _TILE = 1 << 24
@@ -40,28 +44,29 @@ class Fp8Linear(nn.Module):
 
     Attributes:
         weight: ``float8_e4m3fn`` ``[out, in]``.
-        weight_scale: float32, a scalar or ``[out, 1]``.
+        weight_scale: float32, a scalar, ``[out, 1]``, or one for each block.
         input_scale: float32 scalar; absent (None) where inputs are scaled per token as they come.
         bias: the model's dtype, ``[out]``, or None.
     """
 
-    def __init__(self, like: nn.Linear, *, static: bool, channels: bool) -> None:
+    def __init__(self, like: nn.Linear, inputs: Inputs, scale_shape: tuple[int, ...]) -> None:
         """On the meta device, to be filled.
 
         Args:
             like: the layer it takes the place of.
-            static: whether inputs have a scale of their own.
-            channels: whether each output channel has a weight scale of its own.
+            inputs: whether they have a scale of their own (``static``).
+            scale_shape: of the weight's scale: ``()``, ``[out, 1]``, or that of blocks.
         """
         super().__init__()
         self.in_features, self.out_features = like.in_features, like.out_features
+        self._blocks = len(scale_shape) == 2 and scale_shape != (self.out_features, 1)
 
         def scale(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device="meta")
 
         self.register_buffer("weight", torch.empty_like(like.weight, dtype=fp8.E4M3))
-        self.register_buffer("weight_scale", scale(like.out_features, 1) if channels else scale())
-        self.register_buffer("input_scale", scale() if static else None)
+        self.register_buffer("weight_scale", scale(*scale_shape))
+        self.register_buffer("input_scale", scale() if inputs == "static" else None)
         self.register_parameter("bias", like.bias)
 
     weight: Tensor
@@ -76,7 +81,9 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x, any floating dtype, ``[..., in]``. Returns ``[..., out]`` in its dtype."""
-        if _has_tensor_cores(self.weight):
+        if self._blocks:
+            result = self._block_product(x)
+        elif _has_tensor_cores(self.weight):
             result = self._scaled_product(_quantize(x, self.input_scale), x.dtype)
         else:
             result = self._tiled_product(_round(x, self.input_scale))
@@ -114,6 +121,18 @@ class Fp8Linear(nn.Module):
             parts.append(_product(x, weight, scale, bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
+    def _block_product(self, x: Tensor) -> Tensor:
+        """``[rows, out]`` in float32, some output channels at a time."""
+        inputs = _through_groups(x.reshape(-1, self.in_features))
+        step = max(_TILE // self.in_features // BLOCK, 1) * BLOCK
+        parts = []
+        for start in range(0, self.out_features, step):
+            scale = self.weight_scale[start // BLOCK : -(-(start + step) // BLOCK)]
+            weight = fp8.dequantize(self.weight[start : start + step], scale)
+            parts.append(inputs @ weight.t())
+        product = torch.cat(parts, dim=1)
+        return product if self.bias is None else product.add_(self.bias)
+
 
 def _product(x: Rounded, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """``[rows, channels]``, scaled, in the dtype of ``weight``."""
@@ -138,6 +157,15 @@ def _decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     decoded: Tensor = _tiles.buffer[: codes.numel()]
     kernels.from_e4m3(codes.reshape(-1), decoded)
     return decoded.view(codes.shape)
+
+
+def _through_groups(rows: Tensor) -> Tensor:
+    """``rows`` ``[rows, in]`` in float32, after rounding with a scale for each 128 elements."""
+    width = rows.shape[1]
+    groups = nn.functional.pad(rows.float(), (0, -width % BLOCK)).view(len(rows), -1, BLOCK)
+    scale = fp8.scale_from_amax(groups.abs().amax(dim=-1, keepdim=True))
+    codes = (groups / scale).clamp_(-fp8.E4M3_MAX, fp8.E4M3_MAX).to(fp8.E4M3)
+    return codes.float().mul_(scale).view(len(rows), -1)[:, :width]
 
 
 def _scale_of(x: Tensor, static: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ file to where it stays. Nothing is held twice.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,7 @@ def load(
     checkpoint = Checkpoint(resolve_model(model))
     try:
         edition = Edition(checkpoint)
-        _, built = build_skeleton(checkpoint)
+        _, built = build_skeleton(edition)
         _quantize_modules(built, edition)
         _fill(built, edition, pick_device(device))
     finally:
@@ -119,15 +120,16 @@ def _quantize_modules(model: PreTrainedModel, edition: Edition) -> None:
         if isinstance(module, nn.Linear) and edition.is_quantized(name):
             model.set_submodule(
                 name,
-                Fp8Linear(
-                    module,
-                    static=edition.scheme.inputs == "static",
-                    channels=edition.has_channel_scales(name),
-                ),
+                Fp8Linear(module, edition.scheme.inputs, _scale_shape(edition, name)),
             )
         elif hasattr(module, "k_proj") and edition.scheme.kv_cache == "fp8":
             module.kv_cache = Fp8KeyValueCache()
             module.register_forward_pre_hook(_round_what_is_cached, with_kwargs=True)
+
+
+def _scale_shape(edition: Edition, module: str) -> tuple[int, ...]:
+    """Of its weight scale; that it is missing is told when all scales are checked."""
+    return edition.weight_scale_shape(module) if f"{module}.weight_scale" in edition else ()
 
 
 def _round_what_is_cached(
@@ -172,7 +174,7 @@ def _check_scales(edition: Edition, scales: dict[str, Tensor]) -> None:
                 "promises. The edition is incomplete: quantize the original checkpoint again."
             )
         shape = edition[name].shape
-        if torch.Size(shape).numel() != expected.numel():
+        if math.prod(shape) != expected.numel():
             raise OctavoError(
                 f"tensor {name!r} in {edition.file_of(name)} has shape {list(shape)}, expected "
                 f"{expected.numel()} values. The edition is damaged, or of a scheme Octavo does not read."

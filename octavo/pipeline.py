@@ -23,33 +23,16 @@ from octavo.canonical import LayerPlan
 from octavo.checkpoint import Checkpoint, CheckpointWriter
 from octavo.checkpoint.hub import resolve_model
 from octavo.decoder import Decoder
+from octavo.edition import Edition
 from octavo.errors import OctavoError
-from octavo.formats import Dialect, get_format
+from octavo.formats import Dialect, Target, get_format
+from octavo.formats.dialect import without_quantization
 from octavo.fp8 import RoundingError
 from octavo.preflight import check_target, pick_device, refuse_quantized
 from octavo.scheme import Scheme
 from octavo.stopwatch import Stopwatch
+from octavo.transfer import carry_files, carry_tensors, meta, own_record
 from octavo.version import __version__
-
-# Small files that belong to a checkpoint, whatever the format of its weights.
-CARRIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
-)
-
-_COPY_BYTES = 4 << 20
 
 
 class Progress(NamedTuple):
@@ -75,12 +58,16 @@ class _Statistics(NamedTuple):
 class _Job(NamedTuple):
     """What every step of a run needs to know."""
 
-    checkpoint: Checkpoint
+    source: Edition
     decoder: Decoder
     plans: list[LayerPlan]
-    scheme: Scheme
     dialect: Dialect
+    target: Target
     clock: Stopwatch
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.target.scheme
 
 
 class QuantizeResult(NamedTuple):
@@ -133,7 +120,8 @@ def quantize(
         scheme: what is quantized and how; static inputs and an FP8 KV cache by default.
         calibration: the text the activations' scales are taken on; the built-in text by default.
             Not used where ``scheme`` needs none.
-        format: the dialect to write, a name of :data:`octavo.formats.FORMATS`.
+        format: the dialect to write, a name of :data:`octavo.formats.FORMATS` that carries the
+            scheme. One that has a single scale for what engines fuse merges the scales.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` (CUDA where there is one).
         shard_size: bytes of tensors in one file, at most.
         overwrite: replace ``output`` if it exists.
@@ -148,14 +136,17 @@ def quantize(
     clock = Stopwatch()
     scheme, calibration = scheme or Scheme(), calibration or Calibration()
     with clock("open"):
-        dialect = get_format(format)
+        dialect = get_format(format, scheme.kind)
+        if dialect.merges:
+            scheme = scheme.model_copy(update={"merge_scales": True})
         source, target = resolve_model(model), Path(output)
         check_target(source, target)
         checkpoint = Checkpoint(source)
         refuse_quantized(checkpoint)
         decoder = Decoder(checkpoint, pick_device(device))
         plans = [_plan_layer(decoder, index, scheme) for index in range(len(decoder.layers))]
-        job = _Job(checkpoint, decoder, plans, scheme, dialect, clock)
+        written = Target(without_quantization(checkpoint.config), scheme)
+        job = _Job(Edition(checkpoint), decoder, plans, dialect, written, clock)
         if not any(plan.linears for plan in plans):
             raise OctavoError(
                 f"--exclude {' '.join(scheme.exclude)} leaves no linear layer to quantize. "
@@ -180,9 +171,7 @@ def quantize(
                 )
             with clock("finish"):
                 _write_files(job, writer)
-                writer.write_json(
-                    "octavo.json", _record(decoder, scheme, calibration, format, tokens, found)
-                )
+                writer.write_json("octavo.json", _record(job, calibration, format, tokens, found))
                 writer.commit()
     finally:
         checkpoint.close()
@@ -215,7 +204,7 @@ def _run_layers(
         closing(_read_ahead(job)) as layers,
     ):
         # Each layer waits for the one before to be on disk, so at most two are held in memory.
-        written = writes.submit(_write_rest, job, writer)
+        written = writes.submit(_carry_rest, job, writer)
         for index, tensors in layers:
             plan = job.plans[index]
             tensors = {name: tensor.to(job.decoder.device) for name, tensor in tensors.items()}
@@ -235,7 +224,7 @@ def _run_layers(
                 )
             with job.clock("wait for disk"):
                 written.result()
-            written = writes.submit(_write_all, writer, job.dialect.encode(layer, job.scheme))
+            written = writes.submit(_write_all, writer, job.dialect.encode(layer, job.target))
             found.amax.update(
                 {name: value.item() for name, value in (activations | weights).items()}
             )
@@ -251,7 +240,7 @@ def _read_ahead(job: _Job) -> Generator[tuple[int, dict[str, Tensor]], None, Non
 
     Two buffers take turns: a layer's tensors are valid until the next layer is asked for.
     """
-    checkpoint, plans = job.checkpoint, job.plans
+    checkpoint, plans = job.source.checkpoint, job.plans
 
     def size(plan: LayerPlan) -> int:
         return sum(checkpoint[name].nbytes for name in plan.tensors)
@@ -284,45 +273,36 @@ def _write_all(writer: CheckpointWriter, tensors: Mapping[str, Tensor]) -> None:
     writer.sync()
 
 
-def _write_rest(job: _Job, writer: CheckpointWriter) -> None:
-    """Carry over the tensors outside the decoder layers, in pieces."""
-    checkpoint = job.checkpoint
-    buffer = torch.empty(_COPY_BYTES, dtype=torch.uint8)
-    for name in _outside(checkpoint, job.plans):
-        entry = checkpoint[name]
-        for start in range(0, entry.nbytes, _COPY_BYTES):
-            piece = buffer[: min(_COPY_BYTES, entry.nbytes - start)]
-            checkpoint.read_bytes(name, start, piece)
-            if entry.dtype.is_floating_point:
-                canonical.finite_amax(name, piece.view(entry.dtype))
-            writer.write_bytes(name, start, piece)
-        writer.finish(name)
+def _carry_rest(job: _Job, writer: CheckpointWriter) -> None:
+    """Carry over the tensors outside the decoder layers."""
+
+    def check(name: str, piece: Tensor) -> None:
+        if piece.dtype.is_floating_point:
+            canonical.finite_amax(name, piece)
+
+    names = _outside(job.source, job.plans)
+    carry_tensors(job.source, names, writer, job.dialect, job.target, check)
 
 
 def _write_files(job: _Job, writer: CheckpointWriter) -> None:
-    directory = job.checkpoint.directory
-    for file in CARRIED_FILES:
-        if (directory / file).is_file():
-            writer.copy(directory / file)
+    carry_files(job.source.directory, writer)
     kept = [name for plan in job.plans for name in plan.kept]
-    configs = job.dialect.configs(job.checkpoint.config, job.scheme, kept)
-    for file, content in configs.items():
+    for file, content in job.dialect.configs(job.target, kept).items():
         writer.write_json(file, content)
 
 
 def _layout(job: _Job) -> dict[str, Tensor]:
     """Every tensor of the edition as a meta tensor: embedding, decoder layers, the rest."""
-    checkpoint = job.checkpoint
-    source = {
-        name: torch.empty(checkpoint[name].shape, dtype=checkpoint[name].dtype, device="meta")
-        for name in checkpoint
-    }
-    outside = {name: source[name] for name in _outside(checkpoint, job.plans)}
-    layout = {name: tensor for name, tensor in outside.items() if "embed" in name}
+    source = {name: meta(job.source, name) for name in job.source}
+    first: dict[str, Tensor] = {}
+    last: dict[str, Tensor] = {}
+    for name in _outside(job.source, job.plans):
+        encoded = job.dialect.encode({name: source[name]}, job.target)
+        (first if "embed" in name else last).update(encoded)
     for plan in job.plans:
-        canonical_layout = canonical.layout_layer(plan, source, job.scheme)
-        layout |= job.dialect.encode(canonical_layout, job.scheme)
-    return layout | outside
+        layer = canonical.layout_layer(plan, source, job.scheme)
+        first |= job.dialect.encode(layer, job.target)
+    return first | last
 
 
 def _plan_layer(decoder: Decoder, index: int, scheme: Scheme) -> LayerPlan:
@@ -335,10 +315,10 @@ def _plan_layer(decoder: Decoder, index: int, scheme: Scheme) -> LayerPlan:
     )
 
 
-def _outside(checkpoint: Checkpoint, plans: list[LayerPlan]) -> list[str]:
+def _outside(source: Edition, plans: list[LayerPlan]) -> list[str]:
     """Names of tensors that belong to no decoder layer."""
     inside = {name for plan in plans for name in plan.tensors}
-    return [name for name in checkpoint if name not in inside]
+    return [name for name in source if name not in inside]
 
 
 def _load_tokens(scheme: Scheme, calibration: Calibration, decoder: Decoder) -> Tensor | None:
@@ -353,8 +333,7 @@ def _load_tokens(scheme: Scheme, calibration: Calibration, decoder: Decoder) -> 
 
 
 def _record(
-    decoder: Decoder,
-    scheme: Scheme,
+    job: _Job,
     calibration: Calibration,
     format: str,
     tokens: Tensor | None,
@@ -362,13 +341,13 @@ def _record(
 ) -> dict[str, Any]:
     """The edition's own account of how it was made; engines ignore it. Holds nothing of the
     moment or the machine, so that equal runs give equal bytes."""
-    return {
+    record = {
         "octavo": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "base_model": decoder.checkpoint.directory.resolve().name,
+        "base_model": job.source.directory.resolve().name,
         "format": format,
-        "scheme": scheme.model_dump(mode="json"),
+        "scheme": job.scheme.model_dump(mode="json"),
         "calibration": None
         if tokens is None
         else {
@@ -380,6 +359,7 @@ def _record(
         "amax": found.amax,
         "weights": {module: error._asdict() for module, error in found.errors.items()},
     }
+    return record | own_record(job.dialect, job.target)
 
 
 def _warnings(plans: list[LayerPlan], calibration: Calibration, tokens: Tensor | None) -> list[str]:

@@ -1,23 +1,43 @@
 """What is quantized and how: a frozen, validated description, without tensors.
 
-Weights are always E4M3, symmetric, one static scale per tensor. ``lm_head``, embeddings and norms
-keep their dtype.
+Weights are always E4M3 and symmetric, their scales static. ``lm_head``, embeddings and norms keep
+their dtype.
 """
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from octavo.errors import OctavoError
+
+Granularity: TypeAlias = Literal["tensor", "channel", "block"]
+Inputs: TypeAlias = Literal["static", "dynamic"]
+
+# Rows and columns of a weight block, and elements of an input's group.
+BLOCK = 128
+
+# Schemes by name: how fine the weight scales are, and how inputs are scaled.
+KINDS: dict[str, tuple[Granularity, Inputs]] = {
+    "fp8": ("tensor", "static"),
+    "fp8-dynamic": ("channel", "dynamic"),
+    "fp8-block": ("block", "dynamic"),
+    "fp8-tensor-dynamic": ("tensor", "dynamic"),
+    "fp8-channel-static": ("channel", "static"),
+}
 
 
 class Scheme(BaseModel):
     """The choices that decide which numbers an edition holds.
 
     Attributes:
+        weights: what a weight scale is for: the whole ``tensor``, one output ``channel``, or a
+            ``block`` of 128 x 128.
         inputs: scales of the linear layers' inputs: ``static`` (one per tensor, calibrated) or
-            ``dynamic`` (computed by the engine for each token, nothing stored).
+            ``dynamic`` (computed by the engine as they come: for each token, and beside block scales
+            for each 128 elements of it; nothing stored).
         kv_cache: ``fp8`` stores ``k_scale`` and ``v_scale`` for each attention block, ``none``
             leaves the cache in the model's dtype.
         exclude: shell-style patterns over module names (``model.layers.0.*``, ``*.o_proj``);
@@ -28,10 +48,26 @@ class Scheme(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    inputs: Literal["static", "dynamic"] = "static"
+    weights: Granularity = "tensor"
+    inputs: Inputs = "static"
     kv_cache: Literal["fp8", "none"] = "fp8"
     exclude: tuple[str, ...] = ()
     merge_scales: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.weights == "block" and self.inputs == "static":
+            raise ValueError("block scales go with dynamic inputs, static inputs were asked for")
+        if self.weights != "tensor" and self.merge_scales:
+            raise ValueError(
+                f"merge_scales is for weights with one scale each, these have one per {self.weights}"
+            )
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Its name, a key of :data:`KINDS`."""
+        return next(name for name, kind in KINDS.items() if kind == (self.weights, self.inputs))
 
     @property
     def needs_calibration(self) -> bool:
@@ -41,6 +77,29 @@ class Scheme(BaseModel):
     def excludes(self, module: str) -> bool:
         """Whether the linear layer named ``module`` keeps its dtype."""
         return any(fnmatchcase(module, pattern) for pattern in self.exclude)
+
+
+def scheme_called(kind: str, kv_cache: Literal["fp8", "none"] | None = None, **rest: Any) -> Scheme:
+    """A scheme by its name.
+
+    Args:
+        kind: a key of :data:`KINDS`.
+        kv_cache: as for :class:`Scheme`. None means ``fp8`` where inputs need calibration anyway,
+            and ``none`` where the scheme's point is that it needs no data.
+        rest: as for :class:`Scheme`.
+
+    Raises:
+        OctavoError: there is no such scheme, or the choices do not go together.
+    """
+    if kind not in KINDS:
+        raise OctavoError(f"Unknown scheme {kind!r}. Expected one of {', '.join(KINDS)}.")
+    weights, inputs = KINDS[kind]
+    cache = kv_cache or ("fp8" if inputs == "static" else "none")
+    try:
+        return Scheme(weights=weights, inputs=inputs, kv_cache=cache, **rest)
+    except ValidationError as error:
+        fault = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise OctavoError(f"The scheme {kind} does not allow this: {fault}.") from error
 
 
 # Linear layers that engines fuse into one matrix, by the last part of their names.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from octavo.attention import ATTENTION
-from octavo.checkpoint import Checkpoint, Entry
 from octavo.errors import OctavoError, one_line
 
 # Architectures whose streamed statistics are tested against the whole model.
@@ -23,20 +22,48 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def build_skeleton(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, PreTrainedModel]:
+class TensorOnDisk(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Source(Protocol):
+    """Where a model comes from: a checkpoint under its own names, or an edition under canonical ones."""
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __getitem__(self, name: str) -> TensorOnDisk: ...
+
+    def file_of(self, name: str) -> Path: ...
+
+
+def build_skeleton(source: Source) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """The model that ``config.json`` describes, on the meta device, in inference mode.
 
     Its attention is :func:`octavo.attention.attention`.
 
     Args:
-        checkpoint: whose config it is; a quantization section is left out.
+        source: whose config it is; a quantization section is left out.
 
     Raises:
         OctavoError: the architecture is not supported, or the config contradicts itself or the
             weights.
     """
-    path = checkpoint.directory / "config.json"
-    kind = checkpoint.config.get("model_type")
+    path = source.directory / "config.json"
+    kind = source.config.get("model_type")
     if kind not in SUPPORTED:
         raise OctavoError(
             f"{path} has model_type {kind!r}, which is not supported. "
@@ -45,7 +72,7 @@ def build_skeleton(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, PreTrained
         )
     try:
         # A copy: from_dict writes into what it is given.
-        content = copy.deepcopy(checkpoint.config)
+        content = copy.deepcopy(source.config)
         content.pop("quantization_config", None)
         config = CONFIG_MAPPING[kind].from_dict(content, attn_implementation=ATTENTION)
         build: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -62,26 +89,13 @@ def build_skeleton(checkpoint: Checkpoint) -> tuple[PreTrainedConfig, PreTrained
             "Restore the file from the original checkpoint."
         )
     beyond = f"model.layers.{config.num_hidden_layers}."
-    if any(name.startswith(beyond) for name in checkpoint):
+    if any(name.startswith(beyond) for name in source):
         raise OctavoError(
             f"{path} has num_hidden_layers {config.num_hidden_layers}, but the weights have tensors of "
             f"a further layer ({beyond}*). Check that config.json and the weights belong together."
         )
     model.train(False).requires_grad_(False)
     return config, model
-
-
-class Source(Protocol):
-    """Where tensors come from: a checkpoint under its own names, or an edition under canonical ones."""
-
-    @property
-    def directory(self) -> Path: ...
-
-    def __contains__(self, name: str, /) -> bool: ...
-
-    def __getitem__(self, name: str) -> Entry: ...
-
-    def file_of(self, name: str) -> Path: ...
 
 
 def check_tensors(source: Source, model: nn.Module, expected: Mapping[str, Tensor]) -> None:

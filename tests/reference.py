@@ -47,19 +47,24 @@ def rounded(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def fake_quantized(source: Path, edition: Mapping[str, Tensor]) -> Any:
-    """The unquantized model in float32, with everything an edition in the ModelOpt dialect rounds,
-    rounded, by operations on whole float32 tensors."""
+    """The unquantized model in float32, with everything an edition in the ModelOpt dialect rounds
+    (or one without a KV cache in any dialect with these names), rounded, by operations on whole
+    float32 tensors."""
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(
         source, dtype=torch.float32, attn_implementation="test_fp8_cache"
     ).eval()
     for name, module in model.named_modules():
         if f"{name}.weight_scale" in edition:
-            scale = edition[f"{name}.weight_scale"].reshape(-1, 1)
-            module.weight.data = edition[f"{name}.weight"].float() * scale
+            codes, scale = edition[f"{name}.weight"], edition[f"{name}.weight_scale"]
+            blocks = blocks_of(codes, scale)
+            scale = spread(scale, codes.shape) if blocks else scale.reshape(-1, 1)
+            module.weight.data = codes.float() * scale
             static = edition.get(f"{name}.input_scale")
             module.register_forward_pre_hook(
-                lambda _, args, static=static: rounded_input(args[0], static)
+                lambda _, args, static=static, blocks=blocks: (
+                    rounded_groups(args[0]) if blocks else rounded_input(args[0], static)
+                )
             )
         if f"{name}.k_proj.k_scale" in edition:
             module.scales = [edition[f"{name}.{kind}_proj.{kind}_scale"] for kind in "kv"]
@@ -68,6 +73,24 @@ def fake_quantized(source: Path, edition: Mapping[str, Tensor]) -> Any:
 
 def rounded_input(x: Tensor, static: Tensor | None) -> Tensor:
     return rounded(x, x.abs().amax(-1, keepdim=True) / 448 if static is None else static)
+
+
+def blocks_of(codes: Tensor, scale: Tensor) -> bool:
+    """Whether there is a scale for each block of 128 x 128."""
+    rows, columns = codes.shape
+    return tuple(scale.shape) == (-(-rows // 128), -(-columns // 128))
+
+
+def spread(scale: Tensor, shape: torch.Size) -> Tensor:
+    """Each block's scale at each of its elements."""
+    rows, columns = (torch.arange(size) // 128 for size in shape)
+    return scale[rows][:, columns]
+
+
+def rounded_groups(x: Tensor) -> Tensor:
+    """``x`` with each 128 elements of a token rounded with a scale of their own."""
+    parts = torch.split(x, 128, dim=-1)
+    return torch.cat([rounded(part, part.abs().amax(-1, keepdim=True) / 448) for part in parts], -1)
 
 
 def _fp8_cache_attention(

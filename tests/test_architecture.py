@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "units": {"errors"},
     "stopwatch": {"errors"},
     "allocator": {"errors"},
-    "fp8": {"kernels"},
+    "fp8": {"kernels", "scheme"},
     "scheme": {"errors"},
     "checkpoint": {"errors"},
     "attention": set(),
@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"errors", "fp8", "fused", "checkpoint", "decoder", "tokenizer"},
     "preflight": {"errors", "checkpoint"},
     "edition": {"errors", "checkpoint", "formats", "scheme"},
-    "linear": {"fp8", "kernels"},
+    "transfer": {"errors", "checkpoint", "edition", "formats"},
+    "linear": {"fp8", "kernels", "scheme"},
     "tokenizer": {"errors"},
     "loading": {
         "errors",

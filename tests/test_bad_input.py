@@ -274,7 +274,7 @@ def test_damaged_checkpoint(
     assert [fragment for fragment in fragments if fragment not in message] == [], message
 
 
-@pytest.mark.parametrize("calibration", ["ids", "none"])
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-dynamic"])
 @pytest.mark.parametrize(("value", "told"), [(torch.nan, "NaN"), (-torch.inf, "infinity")])
 @pytest.mark.parametrize(
     ("name", "index"),
@@ -292,11 +292,11 @@ def test_damaged_checkpoint(
     ],
 )
 def test_weights_that_are_not_finite(
-    name: str, index: int, value: float, told: str, calibration: str, place: Workplace
+    name: str, index: int, value: float, told: str, scheme: str, place: Workplace
 ) -> None:
     np.save(place.ids, ids(2, 8, first=0))
     edit_tensors(place.shard, lambda tensors: tensors[name].view(-1)[index].fill_(value))
-    message = place.refused("--calib", place.ids if calibration == "ids" else "none")
+    message = place.refused("--scheme", scheme, "--calib", place.ids)
     assert name in message
     assert told in message
 
@@ -533,9 +533,15 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shard size zero": (("--shard-size", "0"), ("'0'", "5GB")),
     "shard size negative": (("--shard-size=-1GB",), ("'-1GB'", "5GB")),
     "shard size endless": (("--shard-size", "9" * 400), ("99999", "5GB")),
-    "KV scales without data": (
-        ("--kv-cache", "fp8", "--calib", "none"),
-        ("--kv-cache fp8", "--calib none"),
+    "unknown scheme": (("--scheme", "int4"), ("'int4'", "fp8-dynamic", "fp8-block")),
+    "unknown format": (("--format", "gguf"), ("'gguf'", "modelopt", "compressed-tensors")),
+    "a scheme the format has no layout for": (
+        ("--scheme", "fp8-block", "--format", "quark"),
+        ("quark", "fp8-block", "compressed-tensors, block-fp8"),
+    ),
+    "merged scales of channels": (
+        ("--scheme", "fp8-dynamic", "--merge-scales"),
+        ("fp8-dynamic", "merge_scales", "one per channel"),
     ),
     "everything excluded": (
         ("--exclude", "*"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import tiny
 from octavo import Calibration, OctavoError, Scheme, quantize
+from octavo.scheme import scheme_called
 
 PROJECTIONS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -89,25 +90,30 @@ def test_names_of_a_dialect(
     assert all(ours[name].dtype == torch.float32 and ours[name].shape == () for name in scales)
 
 
-@pytest.mark.parametrize("format", ["modelopt", "quark"])
-def test_without_calibration_inputs_are_dynamic(
-    format: str, tiny_llama: Path, tmp_path: Path
-) -> None:
-    scheme = Scheme(inputs="dynamic", kv_cache="none")
-    ours = edition(tiny_llama, tmp_path / "out", format=format, scheme=scheme)
-    static = edition(tiny_llama, tmp_path / "static", format=format)
-    assert not any(name.endswith(("input_scale", "k_scale", "output_scale")) for name in ours)
-    for module in LINEARS:
-        assert_same_bytes(ours[f"{module}.weight"], static[f"{module}.weight"])
-        scales = ours[f"{module}.weight_scale"]
-        # ModelOpt has dynamic inputs only beside one scale a channel.
-        assert scales.shape == (ours[f"{module}.weight"].shape[:1] if format == "modelopt" else ())
-        assert (scales == static[f"{module}.weight_scale"]).all()
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    if format == "modelopt":
-        assert config["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN"
-    else:
-        assert config["global_quant_config"]["input_tensors"]["is_dynamic"] is True
+def test_scales_of_tensors_channels_and_blocks(tmp_path: Path) -> None:
+    """Each is its part's own amax / 448, and every code is the nearest."""
+    source = tiny.build("llama", tmp_path / "model", hidden_size=160, intermediate_size=300)
+    weights = tensors_of(source)
+    for kind in ("fp8-tensor-dynamic", "fp8-dynamic", "fp8-block"):
+        scheme = scheme_called(kind)
+        assert not scheme.needs_calibration
+        ours = edition(source, tmp_path / kind, format="compressed-tensors", scheme=scheme)
+        assert not any(name.endswith(("input_scale", "k_scale", "v_scale")) for name in ours)
+        for name in (name for name in ours if name.endswith("weight_scale")):
+            weight = weights[name.removesuffix("_scale")].double()
+            rows, columns = weight.shape
+            height = {"fp8-tensor-dynamic": rows, "fp8-dynamic": 1, "fp8-block": 128}[kind]
+            width = 128 if kind == "fp8-block" else columns
+            codes = ours[name.removesuffix("_scale")].double()
+            scale = ours[name].reshape(-(-rows // height), -(-columns // width)).double()
+            for i in range(0, rows, height):
+                for j in range(0, columns, width):
+                    part = weight[i : i + height, j : j + width]
+                    one = scale[i // height, j // width]
+                    assert one.float() == (part.abs().max() / 448).float()
+                    restored = codes[i : i + height, j : j + width] * one
+                    bound = torch.maximum(part.abs() / 16, one * 2**-10) * (1 + 1e-6)
+                    assert ((restored - part).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("format", ["modelopt", "quark"])

@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from octavo import Calibration, OctavoError, Scheme, kernels, linear, load, quantize
+from octavo.formats import FORMATS
 from octavo.linear import Fp8Linear
+from octavo.scheme import Inputs, scheme_called
 from reference import fake_quantized
 
 E4M3 = torch.float8_e4m3fn
 STATIC = Scheme()
-DYNAMIC = Scheme(inputs="dynamic", kv_cache="none")
+DYNAMIC = Scheme(weights="channel", inputs="dynamic", kv_cache="none")
+BLOCK = Scheme(weights="block", inputs="dynamic", kv_cache="none")
 
 
 def all_codes() -> Tensor:
@@ -71,17 +74,23 @@ class TestKernels:
         assert logprobs.isnan().tolist() == [False, True]
 
 
+SHAPES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
+    "tensor": lambda rows, columns: (),
+    "channel": lambda rows, columns: (rows, 1),
+    "block": lambda rows, columns: (-(-rows // 128), -(-columns // 128)),
+}
+
+
 def layer(
-    dtype: torch.dtype, *, static: bool, channels: bool, bias: bool, size: tuple[int, int]
+    dtype: torch.dtype, *, inputs: Inputs, weights: str, bias: bool, size: tuple[int, int]
 ) -> Fp8Linear:
     generator = torch.Generator().manual_seed(1)
+    shape = SHAPES[weights](*size)
     with torch.device("meta"):
-        module = Fp8Linear(nn.Linear(size[1], size[0], bias=bias), static=static, channels=channels)
+        module = Fp8Linear(nn.Linear(size[1], size[0], bias=bias), inputs, shape)
     module.weight = (torch.randn(size, generator=generator) * 60).clamp(-448, 448).to(E4M3)
-    module.weight_scale = torch.rand(size[0], 1, generator=generator) * 1e-3 + 1e-4
-    if not channels:
-        module.weight_scale = module.weight_scale[0, 0].clone()
-    module.input_scale = torch.tensor(0.0123) if static else None
+    module.weight_scale = torch.rand(shape, generator=generator) * 1e-3 + 1e-4
+    module.input_scale = torch.tensor(0.0123) if inputs == "static" else None
     if bias:
         module.bias = nn.Parameter(torch.randn(size[0], generator=generator).to(dtype), False)
     return module
@@ -99,37 +108,82 @@ def exact(module: Fp8Linear, x: Tensor) -> Tensor:
     return result if module.bias is None else result + module.bias.double()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
-@pytest.mark.parametrize("channels", [True, False], ids=["per channel", "per tensor"])
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def far(found: Tensor, expected: Tensor, bias: Tensor | None, roundings: int) -> Tensor:
+    """Where a result is further from the exact one than its roundings explain."""
+    bound = roundings * torch.finfo(found.dtype).eps / 2 * 1.01
+    away = (found.double() - expected).abs()
+    # The product alone, which the first of two roundings rounds, may be larger than the sum.
+    product = expected if bias is None else expected - bias.double()
+    size = torch.maximum(expected.abs(), product.abs()) + away
+    return away > bound * size + 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inputs", ["static", "dynamic"])
+@pytest.mark.parametrize("weights", ["channel", "tensor"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("tile", [1 << 24, 1000], ids=["one tile", "many tiles"])
 def test_a_layer_computes_its_definition(
     dtype: torch.dtype,
-    static: bool,
-    channels: bool,
+    inputs: Inputs,
+    weights: str,
     bias: bool,
     tile: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(linear, "_TILE", tile)
-    module = layer(dtype, static=static, channels=channels, bias=bias, size=(48, 80))
+    module = layer(dtype, inputs=inputs, weights=weights, bias=bias, size=(48, 80))
     x = torch.randn(2, 9, 80, generator=torch.Generator().manual_seed(2)).to(dtype)
     expected, found = exact(module, x), module(x)
     assert found.dtype == dtype
     assert found.shape == (2, 9, 48)
     # One rounding to the result's dtype; with a scale for each row or column, BF16 takes a second.
-    roundings = 2 if dtype == torch.bfloat16 and (channels or not static) else 1
-    bound = roundings * torch.finfo(dtype).eps / 2 * 1.01
-    away = (found.double() - expected).abs()
-    # The product alone, which the first of two roundings rounds, may be larger than the sum.
-    product = expected if module.bias is None else expected - module.bias.double()
-    size = torch.maximum(expected.abs(), product.abs()) + away
-    assert (away <= bound * size + 1e-5 * expected.abs().max()).all()
+    twice = dtype == torch.bfloat16 and (weights == "channel" or inputs == "dynamic")
+    assert not far(found, expected, module.bias, 2 if twice else 1).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("tile", [1 << 24, 1000], ids=["one tile", "many tiles"])
+@pytest.mark.parametrize("size", [(256, 384), (300, 200), (40, 60)], ids=str)
+def test_a_layer_of_blocks_computes_its_definition(
+    dtype: torch.dtype,
+    bias: bool,
+    tile: int,
+    size: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear, "_TILE", tile)
+    module = layer(dtype, inputs="dynamic", weights="block", bias=bias, size=size)
+    x = torch.randn(2, 9, size[1], generator=torch.Generator().manual_seed(2)).to(dtype)
+    rows, columns = size
+    groups = torch.split(x.double(), 128, dim=-1)
+    rounded = torch.cat(
+        [
+            _rounded(part, (part.abs().amax(-1, keepdim=True).float() / 448).double())
+            for part in groups
+        ],
+        dim=-1,
+    )
+    scale = module.weight_scale.double()
+    weight = module.weight.double()
+    for i in range(rows):
+        for j in range(0, columns, 128):
+            weight[i, j : j + 128] *= scale[i // 128, j // 128]
+    expected = rounded @ weight.T + (0 if module.bias is None else module.bias.double())
+    assert not far(module(x), expected, module.bias, 1).any()
+
+
+def _rounded(x: Tensor, scale: Tensor) -> Tensor:
+    codes = (x.float() / scale.float()).clamp(-448, 448).to(E4M3)
+    return codes.double() * scale
 
 
 def test_one_scale_is_applied_before_the_only_rounding() -> None:
-    module = layer(torch.bfloat16, static=True, channels=False, bias=False, size=(256, 512))
+    module = layer(torch.bfloat16, inputs="static", weights="tensor", bias=False, size=(256, 512))
     x = torch.randn(300, 512, generator=torch.Generator().manual_seed(3)).bfloat16()
     same = module(x) == exact(module, x).bfloat16()
     # All but where float32 accumulation lands on the other side of a tie.
@@ -147,11 +201,12 @@ def edition(kind: str, directory: Path, **options: Any) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("scheme", [STATIC, DYNAMIC], ids=["static", "dynamic"])
+@pytest.mark.parametrize("scheme", [STATIC, DYNAMIC, BLOCK], ids=lambda scheme: scheme.kind)
 def test_a_loaded_edition_is_the_fake_quantized_model(
     kind: str, scheme: Scheme, tmp_path: Path
 ) -> None:
-    source, out = edition(kind, tmp_path, scheme=scheme)
+    format = "compressed-tensors" if scheme == BLOCK else "modelopt"
+    source, out = edition(kind, tmp_path, scheme=scheme, format=format)
     reference = fake_quantized(source, load_file(out / "model.safetensors"))
     model, tokenizer = load(out)
     assert tokenizer is None
@@ -165,10 +220,16 @@ def test_a_loaded_edition_is_the_fake_quantized_model(
     assert error < 0.1 * cost, f"{error=} {cost=}"
 
 
-@pytest.mark.parametrize("format", ["modelopt", "quark"])
-def test_dialects_hold_the_same_model(format: str, tmp_path: Path) -> None:
-    _, ours = edition("llama", tmp_path / "a", dtype=torch.bfloat16)
-    _, other = edition("llama", tmp_path / "b", dtype=torch.bfloat16, format=format)
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [(format, kind) for format, dialect in FORMATS.items() for kind in dialect.carries],
+)
+def test_dialects_hold_the_same_model(format: str, kind: str, tmp_path: Path) -> None:
+    scheme = scheme_called(kind, kv_cache="fp8", merge_scales=FORMATS[format].merges)
+    _, ours = edition(
+        "llama", tmp_path / "a", dtype=torch.bfloat16, scheme=scheme, format="compressed-tensors"
+    )
+    _, other = edition("llama", tmp_path / "b", dtype=torch.bfloat16, scheme=scheme, format=format)
     ids = torch.arange(20).reshape(1, -1)
     with torch.inference_mode():
         assert torch.equal(load(ours)[0](ids).logits, load(other)[0](ids).logits)
@@ -293,9 +354,18 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown dialect": (
         lambda out: edit_config(
             out,
-            lambda c: c["quantization_config"].update(quant_method="gguf", producer=None),
+            lambda c: c["quantization_config"].update(quant_method="gguf"),
         ),
         r"unknown dialect.*gguf.*modelopt",
+    ),
+    "two dialects": (
+        lambda out: edit_config(
+            out,
+            lambda c: c["quantization_config"].update(
+                quant_method="fp8", activation_scheme="static"
+            ),
+        ),
+        r"several dialects: modelopt, vllm-fp8",
     ),
     "a section that is no object": (
         lambda out: edit_config(out, lambda c: c.update(quantization_config=[1])),

@@ -164,7 +164,8 @@ class TestCard:
         assert command is not None
         assert command[0].replace("\\\n ", "").split() == [
             *("octavo", "quantize", "smollm2-bf16", "-o", "smollm2-fp8", "--format", "modelopt"),
-            *("--kv-cache", "fp8", "--calib", "notes.jsonl", "--text-field", "body"),
+            *("--scheme", "fp8", "--kv-cache", "fp8"),
+            *("--calib", "notes.jsonl", "--text-field", "body"),
             *("--samples", "128", "--seq-len", "512", "--seed", "7"),
             *("--exclude", "'*.layers.0.mlp.*'"),
         ]
@@ -197,17 +198,12 @@ class TestCard:
 
 class TestCommands:
     def test_without_calibration(self, results: Results) -> None:
-        scheme = Scheme(inputs="dynamic", kv_cache="none")
+        scheme = Scheme(weights="channel", inputs="dynamic", kv_cache="none")
         record = changed(results, scheme=scheme, calibration=None).record
         assert record
-        assert make_again(record, "out").code.splitlines()[-1].strip() == "--calib none"
-
-    def test_what_the_command_line_cannot_say_is_python(self, results: Results) -> None:
-        record = changed(results, scheme=Scheme(inputs="dynamic")).record
-        assert record
-        snippet = make_again(record, "out")
-        assert snippet.language == "python"
-        compile(snippet.code, "snippet", "exec")
+        code = make_again(record, "out").code
+        assert "--scheme fp8-dynamic" in code
+        assert code.splitlines()[-1].strip() == "--kv-cache none"
 
     def test_without_cache_scales_no_option(self, results: Results) -> None:
         edition = results.edition.model_copy(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from octavo.errors import OctavoError, one_line
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# A dialect that keeps a file for each rank of a parallel engine: tensors of ``rank0.safetensors`` go
+# by names that begin with ``rank0/``.
+RANK_NAME = re.compile(r"(rank\d+)/(.+)")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,7 +80,9 @@ class Checkpoint:
         self.files = self._shards()
         self._places: dict[str, tuple[Path, Entry]] = {}
         for path in self.files:
+            prefix = f"{path.stem}/" if RANK_NAME.fullmatch(f"{path.stem}/x") else ""
             for name, entry in read_header(path).items():
+                name = prefix + name
                 if name in self._places:
                     raise OctavoError(
                         f"tensor {name!r} is in both {self._places[name][0]} and {path}; "
@@ -167,13 +173,19 @@ class Checkpoint:
         index_path = self.directory / INDEX_NAME
         if not index_path.exists():
             single = self.directory / SINGLE_NAME
-            if not single.is_file():
+            ranks = self._ranks()
+            if single.is_file() and ranks:
+                raise OctavoError(
+                    f"{self.directory} has both {SINGLE_NAME} and {ranks[0].name}: two checkpoints in "
+                    "one directory. Move one of them to a directory of its own."
+                )
+            if not single.is_file() and not ranks:
                 raise OctavoError(
                     f"{self.directory} has neither {SINGLE_NAME} nor {INDEX_NAME}. "
                     "Octavo reads safetensors only; convert other weight files with "
                     "`save_pretrained(..., safe_serialization=True)` first."
                 )
-            return [single]
+            return ranks or [single]
         shards = []
         for name in sorted(set(self._weight_map(index_path).values())):
             # A shard is a plain file name: an index must not lead outside its folder.
@@ -190,6 +202,18 @@ class Checkpoint:
                 )
             shards.append(path)
         return shards
+
+    def _ranks(self) -> list[Path]:
+        """``rank0.safetensors`` and those after it, none left out."""
+        found = {path.stem: path for path in self.directory.glob("rank*.safetensors")}
+        ranks = [f"rank{number}" for number in range(len(found))]
+        for rank in ranks:
+            if rank not in found:
+                raise OctavoError(
+                    f"{self.directory / rank}.safetensors is missing, though there are {len(found)} files "
+                    f"rank*.safetensors; expected {ranks[0]} to {ranks[-1]}. Copy the missing file."
+                )
+        return [found[rank] for rank in ranks]
 
     def _weight_map(self, index_path: Path) -> dict[str, str]:
         weight_map = read_json(index_path).get("weight_map")

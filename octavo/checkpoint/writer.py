@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from octavo.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from octavo.checkpoint.reader import INDEX_NAME, RANK_NAME, SINGLE_NAME
 from octavo.checkpoint.safetensors import Entry, build_header
 from octavo.errors import OctavoError
 
@@ -40,6 +40,29 @@ def split_into_shards(layout: Layout, shard_size: int) -> list[list[str]]:
         shards[-1].append(name)
         room -= tensor.nbytes
     return shards
+
+
+def name_in_file(name: str) -> str:
+    """The name a tensor has inside its file: a rank's prefix is the file's name."""
+    ranked = RANK_NAME.fullmatch(name)
+    return ranked[2] if ranked else name
+
+
+def name_shards(layout: Layout, shard_size: int) -> dict[str, list[str]]:
+    """The names that go to each file: one for each rank, or as many as ``shard_size`` makes."""
+    ranks: dict[str, list[str]] = {}
+    for name in layout:
+        if ranked := RANK_NAME.fullmatch(name):
+            ranks.setdefault(f"{ranked[1]}.safetensors", []).append(name)
+    if ranks:
+        return ranks
+    shards = split_into_shards(layout, shard_size)
+    if len(shards) == 1:
+        return {SINGLE_NAME: shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": names
+        for number, names in enumerate(shards, start=1)
+    }
 
 
 class CheckpointWriter:
@@ -194,29 +217,25 @@ class CheckpointWriter:
             )
 
     def _create_shards(self, layout: Layout, shard_size: int) -> None:
-        shards = split_into_shards(layout, shard_size)
+        files = name_shards(layout, shard_size)
         plans: list[tuple[Path, bytes, dict[str, Entry]]] = []
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, start=1):
-            file = (
-                SINGLE_NAME
-                if len(shards) == 1
-                else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            )
+        for file, names in files.items():
             # Wide dtypes first, so that every tensor is aligned to its element size.
-            names = sorted(names, key=lambda name: -layout[name].itemsize)
+            ordered = sorted(names, key=lambda name: -layout[name].itemsize)
             header, entries = build_header(
-                (name, layout[name].dtype, tuple(layout[name].shape)) for name in names
+                (name_in_file(name), layout[name].dtype, tuple(layout[name].shape))
+                for name in ordered
             )
-            plans.append((self.partial / file, header, entries))
-            weight_map |= dict.fromkeys(names, file)
+            places = dict(zip(ordered, entries.values(), strict=True))
+            plans.append((self.partial / file, header, places))
         self.nbytes = sum(
             max((entry.end for entry in entries.values()), default=len(header))
             for _, header, entries in plans
         )
         for path, header, entries in plans:
             self._create_shard(path, header, entries)
-        if len(shards) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        if len(files) > 1 and all(name_in_file(name) == name for name in layout):
             total = sum(tensor.nbytes for tensor in layout.values())
             index = {
                 "metadata": {"total_size": total},

@@ -13,7 +13,6 @@ from rich.table import Table
 from octavo.allocator import quick_imports
 from octavo.cli.program import command, say
 from octavo.console import LayerProgress, results_table, size_change, stderr, stdout
-from octavo.errors import OctavoError
 from octavo.formats import FORMATS
 from octavo.units import format_bytes, parse_bytes
 
@@ -33,15 +32,23 @@ def quantize(
     format: Annotated[
         str, typer.Option(help=f"Dialect to write: {', '.join(FORMATS)}.")
     ] = "modelopt",
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help="fp8: static scales, one per tensor. fp8-dynamic: one per weight channel and per "
+            "token. fp8-block: one per weight block of 128 x 128 and per 128 elements of a token. "
+            "Or fp8-tensor-dynamic, fp8-channel-static."
+        ),
+    ] = "fp8",
     kv_cache: Annotated[
         KvCache | None,
-        typer.Option(help="Scales for an FP8 KV cache; fp8 unless --calib is none."),
+        typer.Option(help="Scales for an FP8 KV cache; fp8 where inputs are static, else none."),
     ] = None,
     calib: Annotated[
         str,
         typer.Option(
             help="Calibration data: builtin, cnn_dailymail, pile, wikitext2, a .txt, .jsonl, .parquet "
-            "or .npy file, or none (inputs are then quantized dynamically)."
+            "or .npy file. Not read where the scheme has no static scales of activations."
         ),
     ] = "builtin",
     text_field: Annotated[
@@ -76,23 +83,18 @@ def quantize(
         with quick_imports():
             from octavo.calibration import Calibration
             from octavo.pipeline import quantize as run
-            from octavo.scheme import Scheme
-        calibrated = calib != "none"
-        if kv_cache is KvCache.fp8 and not calibrated:
-            raise OctavoError(
-                "--kv-cache fp8 needs calibration data, --calib none gives none. Drop one of the two."
-            )
+            from octavo.scheme import scheme_called
         result = run(
             model,
             output,
-            scheme=Scheme(
-                inputs="static" if calibrated else "dynamic",
-                kv_cache=(kv_cache or KvCache.fp8).value if calibrated else "none",
+            scheme=scheme_called(
+                scheme,
+                kv_cache=None if kv_cache is None else kv_cache.value,
                 exclude=tuple(exclude or ()),
                 merge_scales=merge_scales,
             ),
             calibration=Calibration(
-                source=calib if calibrated else "builtin",
+                source=calib,
                 text_field=text_field,
                 samples=samples,
                 seq_len=seq_len,

@@ -1,8 +1,7 @@
 """ModelOpt's unified Hugging Face checkpoint, as nvidia-modelopt 0.47 exports it.
 
-Static inputs are its ``FP8`` algorithm. It has no per-tensor weights with dynamic inputs, so those
-are written as ``FP8_PER_CHANNEL_PER_TOKEN`` with the one scale repeated for each output channel:
-the same numbers, in a layout engines read.
+Static inputs are its ``FP8`` algorithm; one scale a channel beside dynamic inputs is
+``FP8_PER_CHANNEL_PER_TOKEN``.
 
 The producer's name is what engines recognise the dialect by; ``octavo.json`` names the tool that
 wrote the edition.
@@ -10,56 +9,60 @@ wrote the edition.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from octavo.formats.dialect import (
+    Decoded,
+    Described,
     Dialect,
+    Files,
     Json,
+    Target,
     Tensors,
-    inverse,
-    rename_suffix,
+    excluded,
+    quantization_section,
     rename_suffixes,
+    renamed,
     unsupported,
+    without_quantization,
 )
-from octavo.scheme import Scheme
+from octavo.scheme import KINDS, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-_KV_SCALES = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}
-_INPUTS: dict[str, Literal["static", "dynamic"]] = {
-    "FP8": "static",
-    "FP8_PER_CHANNEL_PER_TOKEN": "dynamic",
+_NAMES = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}
+_ALGORITHMS = {"fp8": "FP8", "fp8-dynamic": "FP8_PER_CHANNEL_PER_TOKEN"}
+_FP8: Json = {"dynamic": False, "num_bits": 8, "type": "float"}
+_GROUPS: dict[str, Json] = {
+    "fp8": {"input_activations": _FP8, "weights": _FP8},
+    "fp8-dynamic": {
+        "input_activations": {**_FP8, "dynamic": True},
+        "weights": {**_FP8, "strategy": "channel"},
+    },
 }
-_FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
-def encode(tensors: Tensors, scheme: Scheme) -> dict[str, Tensor]:
-    """Canonical tensors to ModelOpt's names and shapes."""
+def encode(tensors: Tensors, target: Target) -> dict[str, Tensor]:
+    """Canonical tensors to ModelOpt's names and shapes: its channels' scales are ``[out]``."""
     encoded = dict(tensors)
-    if scheme.inputs == "dynamic":
+    if target.scheme.weights == "channel":
         for name in tensors:
             if name.endswith(".weight_scale"):
-                channels = tensors[name.removesuffix("_scale")].shape[0]
-                encoded[name] = tensors[name].expand(channels)
-    return rename_suffixes(encoded, _KV_SCALES)
+                encoded[name] = tensors[name].reshape(-1)
+    return rename_suffixes(encoded, _NAMES)
 
 
-def configs(base: Json, scheme: Scheme, unquantized: Sequence[str]) -> dict[str, Json]:
+def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
     """``config.json`` for current readers and ``hf_quant_config.json`` for older ones."""
-    static = scheme.inputs == "static"
-    algorithm = "FP8" if static else "FP8_PER_CHANNEL_PER_TOKEN"
-    excluded = ["lm_head", "model.embed_tokens", *unquantized]
-    group = {
-        "input_activations": _FP8 if static else {**_FP8, "dynamic": True},
-        "weights": _FP8 if static else {**_FP8, "strategy": "channel"},
-        "targets": ["Linear"],
-    }
+    scheme = target.scheme
+    algorithm = _ALGORITHMS[scheme.kind]
+    ignored = ["lm_head", "model.embed_tokens", *unquantized]
     quantization: Json = {
-        "config_groups": {"group_0": group},
-        "ignore": excluded,
+        "config_groups": {"group_0": {**_GROUPS[scheme.kind], "targets": ["Linear"]}},
+        "ignore": ignored,
         "quant_algo": algorithm,
         "producer": _PRODUCER,
         "quant_method": "modelopt",
@@ -69,38 +72,44 @@ def configs(base: Json, scheme: Scheme, unquantized: Sequence[str]) -> dict[str,
     legacy = {
         "quant_algo": algorithm,
         "kv_cache_quant_algo": "FP8" if scheme.kv_cache == "fp8" else None,
-        "exclude_modules": excluded,
+        "exclude_modules": ignored,
     }
     return {
-        "config.json": {**base, "quantization_config": quantization},
+        "config.json": {**target.config, "quantization_config": quantization},
         "hf_quant_config.json": {"producer": _PRODUCER, "quantization": legacy},
     }
 
 
-def recognizes(section: Json) -> bool:
-    """Both of its files, merged by the reader, say who produced them."""
-    producer = section.get("producer")
+def recognizes(files: Files) -> bool:
+    """By the method's name, or in the older file by its producer's."""
+    producer = files.get("hf_quant_config.json", {}).get("producer")
     named = isinstance(producer, dict) and producer.get("name") == "modelopt"
-    return section.get("quant_method") == "modelopt" or named
+    return quantization_section(files).get("quant_method") == "modelopt" or named
 
 
-def scheme(section: Json) -> Scheme:
+def decode(files: Files, tensors: Mapping[str, Described]) -> Decoded:
     """What ``config.json``'s section, or ``hf_quant_config.json``'s, promises."""
-    # The older file keeps everything one level down, and names the cache differently.
-    inner = section.get("quantization")
-    section = {**section, **inner} if isinstance(inner, dict) else section
+    section = quantization_section(files)
+    if section.get("quant_method") != "modelopt":
+        # The older file keeps everything one level down, and names some of it differently.
+        inner = files["hf_quant_config.json"].get("quantization")
+        section = inner if isinstance(inner, dict) else {}
     algorithm = section.get("quant_algo")
-    if algorithm not in _INPUTS:
+    kind = next((kind for kind, name in _ALGORITHMS.items() if name == algorithm), None)
+    if kind is None:
         raise unsupported("modelopt", f"quant_algo {algorithm!r}")
     cache = section.get("kv_cache_scheme") or section.get("kv_cache_quant_algo")
     if cache not in (None, "FP8") and not (isinstance(cache, dict) and cache.get("num_bits") == 8):
         raise unsupported("modelopt", f"the KV cache {cache!r}")
-    return Scheme(inputs=_INPUTS[algorithm], kv_cache="fp8" if cache else "none")
+    weights, inputs = KINDS[kind]
+    ignored = section.get("ignore", section.get("exclude_modules"))
+    scheme = Scheme(
+        weights=weights,
+        inputs=inputs,
+        kv_cache="fp8" if cache else "none",
+        exclude=excluded(tensors, ignored),
+    )
+    return Decoded(without_quantization(files["config.json"]), scheme, renamed(tensors, _NAMES))
 
 
-def canonical_name(name: str) -> str:
-    """ModelOpt keeps KV scales beside the projections they belong to."""
-    return rename_suffix(name, inverse(_KV_SCALES))
-
-
-DIALECT = Dialect(encode, configs, recognizes, scheme, canonical_name)
+DIALECT = Dialect(tuple(_ALGORITHMS), encode, configs, recognizes, decode)

@@ -6,24 +6,31 @@ exports give both the larger of the two; here each keeps its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from octavo.formats.dialect import (
+    Decoded,
+    Described,
     Dialect,
+    Files,
     Json,
+    Target,
     Tensors,
-    inverse,
-    rename_suffix,
+    excluded,
+    quantization_section,
     rename_suffixes,
+    renamed,
+    scheme_of,
     unsupported,
+    without_quantization,
 )
-from octavo.scheme import Scheme
+from octavo.scheme import Granularity
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KV_SCALES = {"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"}
+_NAMES = {"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"}
 _PER_TENSOR: Json = {
     "block_size": None,
     "ch_axis": None,
@@ -43,29 +50,37 @@ _PER_TENSOR: Json = {
     "symmetric": True,
     "zero_point_type": "int32",
 }
-_PER_TOKEN: Json = {
+_PER_CHANNEL: Json = {
     **_PER_TENSOR,
-    "ch_axis": 1,
-    "is_dynamic": True,
+    "ch_axis": 0,
     "observer_cls": "PerChannelMinMaxObserver",
     "qscheme": "per_channel",
 }
+# Quark's channels of an input are its tokens.
+_PER_TOKEN: Json = {**_PER_CHANNEL, "ch_axis": 1, "is_dynamic": True}
 _KV_CACHE: Json = {**_PER_TENSOR, "scale_type": None}
+_WEIGHTS: dict[Granularity, Json] = {"tensor": _PER_TENSOR, "channel": _PER_CHANNEL}
 
 
-def encode(tensors: Tensors, scheme: Scheme) -> dict[str, Tensor]:
-    """Canonical tensors to Quark's names."""
-    return rename_suffixes(tensors, _KV_SCALES)
+def encode(tensors: Tensors, target: Target) -> dict[str, Tensor]:
+    """Canonical tensors to Quark's names and shapes: its channels' scales are ``[out]``."""
+    encoded = dict(tensors)
+    if target.scheme.weights == "channel":
+        for name in tensors:
+            if name.endswith(".weight_scale"):
+                encoded[name] = tensors[name].reshape(-1)
+    return rename_suffixes(encoded, _NAMES)
 
 
-def configs(base: Json, scheme: Scheme, unquantized: Sequence[str]) -> dict[str, Json]:
+def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
     """``config.json`` with Quark's section."""
+    scheme = target.scheme
     layer = {
         "bias": None,
         "input_tensors": _PER_TENSOR if scheme.inputs == "static" else _PER_TOKEN,
         "output_tensors": None,
         "target_device": None,
-        "weight": _PER_TENSOR,
+        "weight": _WEIGHTS[scheme.weights],
     }
     kv_groups = ["*k_proj", "*v_proj"] if scheme.kv_cache == "fp8" else []
     kv_layers = {group: {**layer, "output_tensors": _KV_CACHE} for group in kv_groups}
@@ -89,35 +104,45 @@ def configs(base: Json, scheme: Scheme, unquantized: Sequence[str]) -> dict[str,
         "softmax_quant_spec": None,
         "version": "0.13",
     }
-    return {"config.json": {**base, "quantization_config": quantization}}
+    return {"config.json": {**target.config, "quantization_config": quantization}}
 
 
-def recognizes(section: Json) -> bool:
+def recognizes(files: Files) -> bool:
     """By the method's name."""
-    return section.get("quant_method") == "quark"
+    return quantization_section(files).get("quant_method") == "quark"
 
 
-def scheme(section: Json) -> Scheme:
+def decode(files: Files, tensors: Mapping[str, Described]) -> Decoded:
     """What the section promises."""
+    section = quantization_section(files)
     layer = section.get("global_quant_config")
     layer = layer if isinstance(layer, dict) else {}
     weight, inputs = layer.get("weight"), layer.get("input_tensors")
     for what, tensor in (("weights", weight), ("inputs", inputs)):
         if not isinstance(tensor, dict) or tensor.get("dtype") != "fp8_e4m3":
             raise unsupported("quark", f"{what} of the kind {tensor!r}")
+    assert isinstance(weight, dict)
     assert isinstance(inputs, dict)
+    granularity = next(
+        (name for name, spec in _WEIGHTS.items() if spec["qscheme"] == weight.get("qscheme")), None
+    )
+    if granularity is None:
+        raise unsupported("quark", f"weight scales {weight.get('qscheme')!r}")
     dynamic = inputs.get("is_dynamic") is True
     if dynamic and inputs.get("qscheme") != "per_channel":
-        # Quark's channels of an input are its tokens.
         raise unsupported("quark", f"dynamic inputs {inputs.get('qscheme')!r}")
     export = section.get("export")
     groups = export.get("kv_cache_group") if isinstance(export, dict) else None
-    return Scheme(inputs="dynamic" if dynamic else "static", kv_cache="fp8" if groups else "none")
+    scheme = scheme_of(
+        "quark",
+        CARRIES,
+        granularity,
+        "dynamic" if dynamic else "static",
+        kv_cache="fp8" if groups else "none",
+        exclude=excluded(tensors, section.get("exclude")),
+    )
+    return Decoded(without_quantization(files["config.json"]), scheme, renamed(tensors, _NAMES))
 
 
-def canonical_name(name: str) -> str:
-    """Quark keeps KV scales as output scales of the projections they belong to."""
-    return rename_suffix(name, inverse(_KV_SCALES))
-
-
-DIALECT = Dialect(encode, configs, recognizes, scheme, canonical_name)
+CARRIES = ("fp8", "fp8-dynamic", "fp8-tensor-dynamic")
+DIALECT = Dialect(CARRIES, encode, configs, recognizes, decode)

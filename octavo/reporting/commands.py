@@ -25,24 +25,10 @@ class Snippet(NamedTuple):
 
 def make_again(record: Record, edition: str) -> Snippet:
     """What makes the edition again, byte for byte given the same versions."""
-    static, cached = record.scheme.inputs == "static", record.scheme.kv_cache == "fp8"
-    # On the command line, calibration data means static inputs.
-    if cached and not static:
-        return Snippet("Quantize", "python", _python(record, edition))
-    return Snippet("Quantize", "sh", _shell(record, edition))
-
-
-def serve(edition: Edition) -> list[Snippet]:
-    """How engines that read the edition's dialect serve it."""
-    return [_ENGINES[engine](edition) for engine in _READ_BY.get(edition.format, ("vLLM",))]
-
-
-def _shell(record: Record, edition: str) -> str:
     scheme, calibration = record.scheme, record.calibration
-    options = [["-o", edition], ["--format", record.format], ["--kv-cache", scheme.kv_cache]]
-    if calibration is None:
-        options.append(["--calib", "none"])
-    else:
+    options = [["-o", edition], ["--format", record.format], ["--scheme", scheme.kind]]
+    options.append(["--kv-cache", scheme.kv_cache])
+    if calibration is not None:
         options.append(["--calib", calibration.source])
         if calibration.text_field != "text":
             options.append(["--text-field", calibration.text_field])
@@ -54,21 +40,12 @@ def _shell(record: Record, edition: str) -> str:
     if scheme.merge_scales:
         options.append(["--merge-scales"])
     lines = [["octavo", "quantize", record.base_model], *options]
-    return " \\\n  ".join(shlex.join(line) for line in lines)
+    return Snippet("Quantize", "sh", " \\\n  ".join(shlex.join(line) for line in lines))
 
 
-def _python(record: Record, edition: str) -> str:
-    calibration = record.calibration.model_dump() if record.calibration else {}
-    return (
-        "import octavo\n\n"
-        "octavo.quantize(\n"
-        f"    {record.base_model!r},\n"
-        f"    {edition!r},\n"
-        f"    scheme=octavo.Scheme(**{record.scheme.model_dump()!r}),\n"
-        f"    calibration=octavo.Calibration(**{calibration!r}),\n"
-        f"    format={record.format!r},\n"
-        ")"
-    )
+def serve(edition: Edition) -> list[Snippet]:
+    """How engines that read the edition's dialect serve it."""
+    return [_ENGINES[engine](edition) for engine in _READ_BY.get(edition.format, ("vLLM",))]
 
 
 def _vllm(edition: Edition) -> Snippet:

@@ -11,6 +11,11 @@ from octavo.scheme import Scheme
 
 Pairs = list[tuple[str, str]]
 
+_WEIGHTS = {
+    "tensor": "one scale per tensor",
+    "channel": "one scale per output channel",
+    "block": "one scale per block of 128 x 128",
+}
 _INPUTS = {
     "static": "FP8 (E4M3), symmetric, one calibrated scale per tensor",
     "dynamic": "FP8 (E4M3), symmetric, scaled by the engine as it runs, token by token",
@@ -68,7 +73,7 @@ def _quantized(scheme: Scheme) -> Pairs:
     shared = ", shared by q/k/v and by gate/up" if scheme.merge_scales else ""
     kept = ["lm_head", "embeddings", "norms", *scheme.exclude]
     return [
-        ("Weights", f"FP8 (E4M3), symmetric, one scale per tensor{shared}"),
+        ("Weights", f"FP8 (E4M3), symmetric, {_WEIGHTS[scheme.weights]}{shared}"),
         ("Activations", f"inputs of the same linear layers: {_INPUTS[scheme.inputs]}"),
         ("KV cache", _KV_CACHE[scheme.kv_cache]),
         ("Layers", "every linear layer of the decoder blocks, but for those kept"),

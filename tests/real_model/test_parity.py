@@ -164,7 +164,7 @@ def test_peak_memory_stays_under_800_mb(sample: Path, golden: Path, tmp_path: Pa
 
 
 def test_weights_alone_need_no_text(sample: Path, tmp_path: Path) -> None:
-    scheme = Scheme(inputs="dynamic", kv_cache="none")
+    scheme = Scheme(weights="channel", inputs="dynamic", kv_cache="none")
     result = quantize(sample, tmp_path / "out", scheme=scheme)
     assert result.tokens == 0
     assert result.linears == 210
