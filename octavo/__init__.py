@@ -15,6 +15,7 @@ from octavo.version import __version__
 if TYPE_CHECKING:
     from octavo.calibration import Calibration
     from octavo.completion import complete
+    from octavo.conversion import ConvertResult, convert
     from octavo.evaluation import evaluate
     from octavo.loading import load
     from octavo.pipeline import QuantizeResult, quantize
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Calibration": "octavo.calibration",
+    "ConvertResult": "octavo.conversion",
     "QuantizeResult": "octavo.pipeline",
     "Scheme": "octavo.scheme",
     "complete": "octavo.completion",
+    "convert": "octavo.conversion",
     "evaluate": "octavo.evaluation",
     "load": "octavo.loading",
     "quantize": "octavo.pipeline",
@@ -36,11 +39,13 @@ _HOMES = {
 
 __all__ = [
     "Calibration",
+    "ConvertResult",
     "OctavoError",
     "QuantizeResult",
     "Scheme",
     "__version__",
     "complete",
+    "convert",
     "evaluate",
     "load",
     "quantize",

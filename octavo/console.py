@@ -97,17 +97,18 @@ class LayerProgress(_Progress):
 
 
 class CountProgress(_Progress):
-    """Progress over tokens, questions or requests; :meth:`update` takes each step."""
+    """Progress over tokens, questions, requests or bytes; :meth:`update` takes each step."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, doing: str = "evaluating", *, quiet: bool) -> None:
         super().__init__(unit="", quiet=quiet)
+        self._doing = doing
 
     def update(self, done: int, total: int, unit: str) -> None:
         """Show that ``done`` of ``total`` ``unit`` are finished."""
         each, rate = self._seconds_each(done), ""
         if each is not None:
             rate = f"{1 / each:,.1f} {unit}/s, {each * (total - done):.0f} s left"
-        self._show("evaluating", done, total, unit, rate)
+        self._show(self._doing, done, total, unit, rate)
 
 
 def results_table(title: str, rows: list[tuple[str, str]]) -> Table:

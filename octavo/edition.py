@@ -17,12 +17,12 @@ from torch import Tensor
 from octavo.checkpoint import Checkpoint, read_json
 from octavo.errors import OctavoError
 from octavo.formats import FORMATS, Decoded, Json, Stored
-from octavo.formats.dialect import Piece, without_quantization
+from octavo.formats.dialect import MODEL_CONFIG, Piece, without_quantization
 from octavo.scheme import BLOCK, Scheme
 
 _SCALES = (".weight_scale", ".input_scale", ".k_scale", ".v_scale")
 # JSON files that say what a checkpoint is, besides config.json.
-_FILES = ("hf_quant_config.json", "octavo.json")
+_FILES = ("hf_quant_config.json", MODEL_CONFIG)
 
 
 class TensorInfo(NamedTuple):
@@ -59,10 +59,7 @@ class Edition:
         self.checkpoint = checkpoint
         files = _description(checkpoint)
         if model_config is not None:
-            files["octavo.json"] = {
-                **files.get("octavo.json", {}),
-                "model_config": without_quantization(model_config),
-            }
+            files[MODEL_CONFIG] = without_quantization(model_config)
         self.dialect = _dialect(checkpoint.directory, files)
         self.config = without_quantization(checkpoint.config)
         self.scheme: Scheme | None = None

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,7 +146,7 @@ def _cast_in_chunks(source: Tensor, scale: Tensor, target: Tensor) -> tuple[floa
     rows = max(limit // max(source.shape[1], 1) // BLOCK, 1) * BLOCK
     for top in range(0, source.shape[0], rows):
         strip = slice(top, top + rows)
-        scales = spread(_strip(scale, top, rows, source.shape[0]), source[strip].shape)
+        scales = spread(rows_of(scale, top, rows, source.shape[0]), source[strip].shape)
         step = limit if not scale.ndim else max(source.shape[1], 1)
         for start in range(0, source.shape[1], step):
             part = slice(start, start + step)
@@ -154,8 +155,15 @@ def _cast_in_chunks(source: Tensor, scale: Tensor, target: Tensor) -> tuple[floa
     return noise, signal, int(underflows)
 
 
-def _strip(scale: Tensor, top: int, rows: int, height: int) -> Tensor:
-    """The scales of some rows, ``top`` a multiple of the block."""
+def rows_of(scale: Tensor, top: int, rows: int, height: int) -> Tensor:
+    """The part of a matrix's scale for some of its rows.
+
+    Args:
+        scale: of the matrix.
+        top: the first row, a multiple of the block.
+        rows: how many.
+        height: rows of the matrix.
+    """
     if not scale.ndim or scale.shape[0] == height:
         return scale[top : top + rows] if scale.ndim else scale
     return scale[top // BLOCK : -(-(top + rows) // BLOCK)]
@@ -184,6 +192,43 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
         float32, the shape of ``codes``.
     """
     return codes.to(torch.float32).mul_(spread(scale, codes.shape))
+
+
+def rescale(codes: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, RoundingError]:
+    """The codes that stand for the same values with another scale, as nearly as may be.
+
+    There are only 256 codes: each is dequantized and quantized once.
+
+    Args:
+        codes: ``float8_e4m3fn``, any shape, on the CPU.
+        old: float32 scalar, the scale of ``codes``.
+        new: float32 scalar, positive.
+
+    Returns:
+        ``float8_e4m3fn``, the shape of ``codes``, and what the change did to the values. A NaN code
+        stays one and is not counted.
+    """
+    every = torch.arange(256).to(torch.uint8).view(E4M3)
+    values = dequantize(every, old)
+    table = quantize(values, new).view(torch.uint8)
+    unusable = values.isnan()
+    table[unusable] = every.view(torch.uint8)[unusable]
+    result = torch.empty_like(codes)
+    source, target = codes.reshape(-1).view(torch.uint8).numpy(), result.view(-1)
+    counts = np.zeros(256, dtype=np.int64)
+    for start in range(0, len(source), _CHUNK["cpu"]):
+        piece = source[start : start + _CHUNK["cpu"]]
+        counts += np.bincount(piece, minlength=256)
+        target[start : start + len(piece)] = torch.from_numpy(table.numpy()[piece]).view(E4M3)
+    weights = torch.from_numpy(counts).double()[~unusable]
+    exact = values.double()[~unusable]
+    rounded = table.view(E4M3).double()[~unusable] * new.double()
+    signal = (weights * exact.square()).sum().item()
+    noise = (weights * (exact - rounded).square()).sum().item()
+    lost = weights[(exact != 0) & (rounded == 0)].sum().item()
+    return result, RoundingError(
+        10 * math.log10(signal / noise) if noise else None, lost / max(len(source), 1)
+    )
 
 
 def round_trip(tensor: Tensor, scale: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from octavo.fp8 import RoundingError
 from octavo.preflight import check_target, pick_device, refuse_quantized
 from octavo.scheme import Scheme
 from octavo.stopwatch import Stopwatch
-from octavo.transfer import carry_files, carry_tensors, meta, own_record
+from octavo.transfer import carry_files, carry_tensors, meta
 from octavo.version import __version__
 
 
@@ -68,6 +68,10 @@ class _Job(NamedTuple):
     @property
     def scheme(self) -> Scheme:
         return self.target.scheme
+
+    def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Canonical tensors to the dialect's."""
+        return self.dialect.encode(tensors, self.target)
 
 
 class QuantizeResult(NamedTuple):
@@ -224,7 +228,7 @@ def _run_layers(
                 )
             with job.clock("wait for disk"):
                 written.result()
-            written = writes.submit(_write_all, writer, job.dialect.encode(layer, job.target))
+            written = writes.submit(_write_all, writer, job.encode(layer))
             found.amax.update(
                 {name: value.item() for name, value in (activations | weights).items()}
             )
@@ -281,7 +285,7 @@ def _carry_rest(job: _Job, writer: CheckpointWriter) -> None:
             canonical.finite_amax(name, piece)
 
     names = _outside(job.source, job.plans)
-    carry_tensors(job.source, names, writer, job.dialect, job.target, check)
+    carry_tensors(job.source, names, writer, job.encode, check)
 
 
 def _write_files(job: _Job, writer: CheckpointWriter) -> None:
@@ -297,11 +301,11 @@ def _layout(job: _Job) -> dict[str, Tensor]:
     first: dict[str, Tensor] = {}
     last: dict[str, Tensor] = {}
     for name in _outside(job.source, job.plans):
-        encoded = job.dialect.encode({name: source[name]}, job.target)
+        encoded = job.encode({name: source[name]})
         (first if "embed" in name else last).update(encoded)
     for plan in job.plans:
         layer = canonical.layout_layer(plan, source, job.scheme)
-        first |= job.dialect.encode(layer, job.target)
+        first |= job.encode(layer)
     return first | last
 
 
@@ -341,7 +345,7 @@ def _record(
 ) -> dict[str, Any]:
     """The edition's own account of how it was made; engines ignore it. Holds nothing of the
     moment or the machine, so that equal runs give equal bytes."""
-    record = {
+    return {
         "octavo": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -359,7 +363,6 @@ def _record(
         "amax": found.amax,
         "weights": {module: error._asdict() for module, error in found.errors.items()},
     }
-    return record | own_record(job.dialect, job.target)
 
 
 def _warnings(plans: list[LayerPlan], calibration: Calibration, tokens: Tensor | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from octavo.checkpoint import CheckpointWriter
 from octavo.edition import Edition
-from octavo.formats import Dialect, Json, Target
 
 # Small files that belong to a checkpoint, whatever the format of its weights.
 CARRIED_FILES = (
@@ -40,11 +39,6 @@ def carry_files(source: Path, writer: CheckpointWriter) -> None:
             writer.copy(source / file)
 
 
-def own_record(dialect: Dialect, target: Target) -> Json:
-    """What ``octavo.json`` keeps because the dialect's files do not: the model's ``config.json``."""
-    return {"model_config": target.config} if dialect.ranks else {}
-
-
 def meta(source: Edition, name: str) -> Tensor:
     """The tensor ``name`` on the meta device."""
     info = source[name]
@@ -55,24 +49,22 @@ def carry_tensors(
     source: Edition,
     names: Iterable[str],
     writer: CheckpointWriter,
-    dialect: Dialect,
-    target: Target,
+    encode: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
     on_piece: Callable[[str, Tensor], None] = lambda name, piece: None,
 ) -> None:
-    """Copy unquantized tensors, in pieces where the dialect does not cut or pad them.
+    """Copy unquantized tensors, in pieces where the output does not cut or pad them.
 
     Args:
         source: has them under canonical names.
         names: which.
         writer: has a place for each of the names the dialect gives them.
-        dialect: of the output.
-        target: likewise.
+        encode: canonical tensors to the output's names and shapes; works on meta tensors.
         on_piece: called with the name and each piece of the tensor, one-dimensional in its dtype.
     """
     buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
     for name in names:
         whole = meta(source, name)
-        copies = dialect.encode({name: whole}, target)
+        copies = encode({name: whole})
         stored = source.stored(name).pieces
         if (
             len(stored) > 1
@@ -81,7 +73,7 @@ def carry_tensors(
         ):
             tensor = source.read(name)
             on_piece(name, tensor.reshape(-1))
-            for copy, part in dialect.encode({name: tensor}, target).items():
+            for copy, part in encode({name: tensor}).items():
                 writer.write(copy, part)
             continue
         for start in range(0, whole.nbytes, _PIECE_BYTES):

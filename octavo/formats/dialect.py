@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # the command line lists the formats without waiting for PyTo
 
 Tensors: TypeAlias = "Mapping[str, Tensor]"
 Json = dict[str, Any]
+# Where a dialect whose config.json is not Hugging Face's keeps that one.
+MODEL_CONFIG = "model_config.json"
 Files = Mapping[str, Json]
 """JSON files of a checkpoint's directory by name; ``config.json`` is always among them."""
 
@@ -95,10 +97,11 @@ class Dialect(NamedTuple):
     Attributes:
         carries: the schemes it has a layout for, keys of :data:`octavo.scheme.KINDS`.
         merges: whether it has one weight scale for what engines fuse (q/k/v, gate/up).
+        fuses: linear layers it stores as one tensor, by the last part of their names.
         ranks: whether it keeps a file for each rank of tensor and pipeline parallelism.
         encode: canonical tensors to the dialect's names and shapes. Works on meta tensors, which
             is how an edition is laid out before it is computed. Takes any tensors that belong
-            together: all of a fused group, weights with their scales.
+            together: linear layers it fuses, each with its scales and bias; keys' scale with values'.
         configs: the JSON files of the dialect by name, from the target and the names of linear
             layers of decoder layers left unquantized.
         recognizes: whether JSON files are of this dialect.
@@ -112,6 +115,7 @@ class Dialect(NamedTuple):
     recognizes: Callable[[Files], bool]
     decode: Callable[[Files, Mapping[str, Described]], Decoded]
     merges: bool = False
+    fuses: tuple[tuple[str, ...], ...] = ()
     ranks: bool = False
 
 
