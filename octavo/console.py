@@ -42,7 +42,7 @@ class _Progress:
         self._task = self._bar.add_task("loading", total=0, unit=unit, rate="")
         self._begin: float | None = None
         self._first = 0
-        self._last_line = time.monotonic()
+        self._last_line, self._last_done = time.monotonic(), -1
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -76,8 +76,8 @@ class _Progress:
         )
         now = time.monotonic()
         due = now - self._last_line >= _LINE_SECONDS or done == total
-        if not self._quiet and not stderr.is_terminal and due:
-            self._last_line = now
+        if not self._quiet and not stderr.is_terminal and due and done != self._last_done:
+            self._last_line, self._last_done = now, done
             print(f"{unit} {done:,}/{total:,}  {rate}", file=sys.stderr, flush=True)
 
 

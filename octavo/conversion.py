@@ -19,7 +19,7 @@ from octavo import fp8
 from octavo.canonical import fused_groups
 from octavo.checkpoint import Checkpoint, CheckpointWriter, read_json
 from octavo.checkpoint.hub import resolve_model
-from octavo.consistency import check_promises, decoder_linears
+from octavo.consistency import attention_blocks, check_promises, decoder_linears
 from octavo.edition import Edition
 from octavo.errors import OctavoError
 from octavo.formats import Dialect, Json, Target, get_format
@@ -324,16 +324,22 @@ def _groups(edition: Edition, model: PreTrainedModel, dialect: Dialect | None) -
 
 
 def _in_order(edition: Edition, model: PreTrainedModel) -> list[str]:
-    """The edition's canonical names as the model lists its tensors, scales after what they scale."""
+    """The edition's canonical names in the order `octavo quantize` writes them: as the model lists its
+    tensors, scales after what they scale, those of keys and values at the end of their layer."""
+    caches = {
+        block.rpartition(".")[0]: [f"{block}.{leaf}" for leaf in _CACHE]
+        for block in attention_blocks(model)
+    }
     names: dict[str, None] = {}
+    last = ""
     for name in model.state_dict():
         module = name.rpartition(".")[0]
-        block = module.rpartition(".")[0]
-        found = [name, f"{name}_scale", f"{module}.input_scale"]
-        if module.endswith("v_proj"):
-            found += [f"{block}.k_scale", f"{block}.v_scale"]
-        names |= dict.fromkeys(one for one in found if one in edition)
-    return [*names, *(name for name in edition if name not in names)]
+        layer = next((layer for layer in caches if name.startswith(f"{layer}.")), "")
+        if layer != last:
+            names |= dict.fromkeys(caches.get(last, []))
+            last = layer
+        names |= dict.fromkeys((name, f"{name}_scale", f"{module}.input_scale"))
+    return [*(name for name in names if name in edition), *(n for n in edition if n not in names)]
 
 
 def _canonical(edition: Edition, names: list[str]) -> dict[str, Tensor]:
