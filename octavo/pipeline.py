@@ -160,6 +160,8 @@ def quantize(
         tokens = _load_tokens(scheme, calibration, decoder)
         token_count = 0 if tokens is None else tokens.numel()
     with clock("reserve"):
+        kept = [name for plan in plans for name in plan.kept]
+        files = dialect.configs(job.target, kept)
         layout = _layout(job)
         writer = CheckpointWriter(target, layout, shard_size=shard_size, overwrite=overwrite)
     try:
@@ -174,7 +176,9 @@ def quantize(
                     lambda done: on_progress(Progress(done, len(plans), token_count)),
                 )
             with clock("finish"):
-                _write_files(job, writer)
+                carry_files(source, writer)
+                for file, content in files.items():
+                    writer.write_json(file, content)
                 writer.write_json("octavo.json", _record(job, calibration, format, tokens, found))
                 writer.commit()
     finally:
@@ -286,13 +290,6 @@ def _carry_rest(job: _Job, writer: CheckpointWriter) -> None:
 
     names = _outside(job.source, job.plans)
     carry_tensors(job.source, names, writer, job.encode, check)
-
-
-def _write_files(job: _Job, writer: CheckpointWriter) -> None:
-    carry_files(job.source.directory, writer)
-    kept = [name for plan in job.plans for name in plan.kept]
-    for file, content in job.dialect.configs(job.target, kept).items():
-        writer.write_json(file, content)
 
 
 def _layout(job: _Job) -> dict[str, Tensor]:

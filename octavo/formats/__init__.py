@@ -1,7 +1,14 @@
 """The on-disk dialects of FP8 checkpoints, one file each."""
 
 from octavo.errors import OctavoError
-from octavo.formats import block_fp8, compressed_tensors, modelopt, quark, vllm_fp8
+from octavo.formats import (
+    block_fp8,
+    compressed_tensors,
+    modelopt,
+    quark,
+    tensorrt_llm,
+    vllm_fp8,
+)
 from octavo.formats.dialect import Decoded, Dialect, Json, Stored, Target
 
 FORMATS: dict[str, Dialect] = {
@@ -10,6 +17,7 @@ FORMATS: dict[str, Dialect] = {
     "compressed-tensors": compressed_tensors.DIALECT,
     "vllm-fp8": vllm_fp8.DIALECT,
     "block-fp8": block_fp8.DIALECT,
+    "tensorrt-llm": tensorrt_llm.DIALECT,
 }
 
 
