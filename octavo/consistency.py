@@ -16,11 +16,10 @@ from octavo.skeleton import check_tensors
 
 def decoder_linears(model: PreTrainedModel) -> list[str]:
     """The linear layers of the decoder layers, by full module name, in the model's order."""
-    head = model.get_output_embeddings()
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and name.startswith(f"{model.base_model_prefix}.")
     ]
 
 

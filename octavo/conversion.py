@@ -24,7 +24,7 @@ from octavo.edition import Edition
 from octavo.errors import OctavoError
 from octavo.formats import Dialect, Json, Target, get_format
 from octavo.preflight import check_target
-from octavo.scheme import Scheme
+from octavo.scheme import BLOCK, Scheme
 from octavo.skeleton import build_skeleton
 from octavo.stopwatch import Stopwatch
 from octavo.transfer import carry_files, carry_tensors, meta
@@ -280,9 +280,9 @@ def _plain(edition: Edition, model: PreTrainedModel, dtype: torch.dtype) -> _Pla
 def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight's values ``[out, in]`` in ``dtype``, a strip of rows at a time."""
     result = torch.empty(codes.shape, dtype=dtype)
-    for top in range(0, len(codes), fp8.BLOCK):
-        rows = slice(top, top + fp8.BLOCK)
-        scales = fp8.rows_of(scale, top, fp8.BLOCK, len(codes))
+    for top in range(0, len(codes), BLOCK):
+        rows = slice(top, top + BLOCK)
+        scales = fp8.rows_of(scale, top, BLOCK, len(codes))
         result[rows] = fp8.dequantize(codes[rows], scales)
     return result
 

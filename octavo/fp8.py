@@ -33,6 +33,9 @@ E4M3_MAX = 448.0
 # no burden on a GPU, and large enough that the cost of a call does not count.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
+# Codes used as indices at a time: NumPy makes 8 bytes of each.
+_INDICES = 1 << 16
+
 
 def amax(tensor: Tensor) -> Tensor:
     """Largest absolute value of ``tensor``.
@@ -221,8 +224,8 @@ def rescale(codes: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, RoundingEr
     result = torch.empty_like(codes)
     source, target = codes.reshape(-1).view(torch.uint8).numpy(), result.view(-1)
     counts = np.zeros(256, dtype=np.int64)
-    for start in range(0, len(source), _CHUNK["cpu"]):
-        piece = source[start : start + _CHUNK["cpu"]]
+    for start in range(0, len(source), _INDICES):
+        piece = source[start : start + _INDICES]
         counts += np.bincount(piece, minlength=256)
         target[start : start + len(piece)] = torch.from_numpy(table.numpy()[piece]).view(E4M3)
     weights = torch.from_numpy(counts).double()[~unusable]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,50 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.parametrize(
+    "options", [{"to": "tensorrt-llm", "tp": 2}, {"dequantize": "bf16"}], ids=str
+)
+def test_memory_is_that_of_a_few_tensors(options: dict[str, Any], tmp_path: Path) -> None:
+    """Peak above what a small conversion takes, in a process of its own."""
+    model = tiny.build(
+        "llama",
+        tmp_path / "model",
+        layers=8,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_attention_heads=16,
+        head_dim=64,
+    )
+    ids = tiny.save_ids(tmp_path / "ids.npy")
+    first = tmp_path / "edition"
+    # Unmerged: gate or up is rounded again.
+    quantize(model, first, calibration=Calibration(source=str(ids)))
+    small = make("fp8", "modelopt", "qwen2", tmp_path / "small", merge_scales=False)
+    script = """
+import json, sys
+from octavo import convert
+def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+options = json.loads(sys.argv[4])
+convert(sys.argv[1], sys.argv[3] + "/small", **options)
+before = peak()
+convert(sys.argv[2], sys.argv[3] + "/large", **options)
+print(peak() - before)
+"""
+    arguments = [small, first, tmp_path / "out", json.dumps(options)]
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    largest = 1024 * 4096
+    assert first.joinpath("model.safetensors").stat().st_size > 20 * largest
+    # Codes before and after, and what they are decoded through; the allocator keeps some.
+    assert int(ran.stdout) < 8 * largest, (
+        f"{int(ran.stdout) / largest:.1f} times the largest tensor"
+    )
+
+
 @pytest.mark.parametrize("old", [1.0, 0.0123])
 @pytest.mark.parametrize("factor", [1.0, 1.1, 2.0, 37.0, 1e5])
 def test_new_codes_are_the_nearest_with_the_new_scale(old: float, factor: float) -> None:
@@ -221,6 +267,11 @@ def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], Any]) -> N
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def hide_quantization(directory: Path) -> None:
+    edit_json(directory / "config.json", lambda config: config.pop("quantization_config"))
+    (directory / "hf_quant_config.json").unlink()
+
+
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "neither dialect nor dtype": (lambda out: None, {}, "Choose one"),
@@ -243,14 +294,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {"to": "tensorrt-llm", "pp": 3},
         r"3.*layers",
     ),
-    "not quantized": (
-        lambda out: (
-            edit_json(out / "config.json", lambda c: c.pop("quantization_config")),
-            (out / "hf_quant_config.json").unlink(),
-        ),
-        {"to": "quark"},
-        "not quantized",
-    ),
+    "not quantized": (hide_quantization, {"to": "quark"}, "not quantized"),
     "scales of channels though the config promises tensors": (
         lambda out: edit_tensors(
             out, lambda t: t.update({f"{Q_PROJ}.weight_scale": torch.ones(64)})
