@@ -13,28 +13,34 @@ from octavo.errors import OctavoError
 from octavo.version import __version__
 
 if TYPE_CHECKING:
+    from octavo.benchmarking import bench
     from octavo.calibration import Calibration
     from octavo.completion import complete
     from octavo.conversion import ConvertResult, convert
     from octavo.evaluation import evaluate
+    from octavo.inspection import inspect
     from octavo.loading import load
     from octavo.pipeline import QuantizeResult, quantize
     from octavo.publishing import report
     from octavo.sample import sample_model
     from octavo.scheme import Scheme
+    from octavo.verification import verify
 
 _HOMES = {
     "Calibration": "octavo.calibration",
     "ConvertResult": "octavo.conversion",
     "QuantizeResult": "octavo.pipeline",
     "Scheme": "octavo.scheme",
+    "bench": "octavo.benchmarking",
     "complete": "octavo.completion",
     "convert": "octavo.conversion",
     "evaluate": "octavo.evaluation",
+    "inspect": "octavo.inspection",
     "load": "octavo.loading",
     "quantize": "octavo.pipeline",
     "report": "octavo.publishing",
     "sample_model": "octavo.sample",
+    "verify": "octavo.verification",
 }
 
 __all__ = [
@@ -44,13 +50,16 @@ __all__ = [
     "QuantizeResult",
     "Scheme",
     "__version__",
+    "bench",
     "complete",
     "convert",
     "evaluate",
+    "inspect",
     "load",
     "quantize",
     "report",
     "sample_model",
+    "verify",
 ]
 
 

@@ -66,9 +66,39 @@ ALLOWED: dict[str, set[str]] = {
     "engines": {"errors", "attention", "checkpoint", "fused", "loading", "kernels"},
     "evaluation": {"errors", "checkpoint", "calibration", "engines", "tokenizer", "version"},
     "reporting": {"errors", "checkpoint", "scheme", "units", "version"},
+    "inspection": {
+        "errors",
+        "canonical",
+        "checkpoint",
+        "consistency",
+        "edition",
+        "formats",
+        "fp8",
+        "scheme",
+        "skeleton",
+    },
+    "verification": {
+        "errors",
+        "calibration",
+        "checkpoint",
+        "engines",
+        "evaluation",
+        "inspection",
+        "tokenizer",
+    },
+    "throughput": {"errors", "reporting"},
+    "benchmarking": {"checkpoint", "errors", "servers", "throughput", "version"},
     "completion": {"errors", "checkpoint", "engines", "tokenizer"},
-    "publishing": ROOMS - {"cli", "console", "pipeline"},
-    "pipeline": ROOMS - {"cli", "console", "engines", "evaluation", "publishing", "reporting"},
+    "publishing": ROOMS
+    - {
+        *("cli", "console", "pipeline", "throughput", "benchmarking", "servers", "serving"),
+        *("inspection", "verification"),
+    },
+    "pipeline": ROOMS
+    - {
+        *("cli", "console", "engines", "evaluation", "publishing", "reporting"),
+        *("throughput", "benchmarking", "servers", "serving", "inspection", "verification"),
+    },
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.engines.engine import TokenIds, TokenScores
+from octavo.engines.vllm_loaded import WORKER_EXTENSION, LoadedModel, read_loaded
 from octavo.errors import OctavoError, one_line
 
 # Sequences handed over at a time, for vLLM to batch as it likes.
@@ -28,8 +29,13 @@ _SETTINGS = {
 }
 
 
-def start(model: Path, device: str) -> VllmEngine:
+def start(model: Path, device: str, **options: Any) -> VllmEngine:
     """Load the checkpoint in directory ``model`` where vLLM likes it.
+
+    Args:
+        model: the checkpoint directory.
+        device: ``auto``.
+        options: further arguments of ``vllm.LLM`` (``kv_cache_dtype="fp8"``).
 
     Raises:
         OctavoError: vLLM is not installed, or refuses the checkpoint or the device.
@@ -55,6 +61,8 @@ def start(model: Path, device: str) -> VllmEngine:
             skip_tokenizer_init=True,
             enable_prefix_caching=True,
             seed=0,
+            worker_extension_cls=WORKER_EXTENSION,
+            **options,
         )
     except Exception as error:  # it raises many kinds
         raise OctavoError(
@@ -135,6 +143,10 @@ class VllmEngine:
             list(itertools.takewhile(lambda one: one not in stop, output.outputs[0].token_ids))
             for output in outputs
         ]
+
+    def loaded(self) -> LoadedModel:
+        """What vLLM took of the checkpoint, which may be less than its config promises."""
+        return read_loaded(self._llm)
 
     def close(self) -> None:
         """End the processes that hold the model, which outlive the ``vllm.LLM``."""
