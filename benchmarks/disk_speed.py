@@ -1,4 +1,4 @@
-"""How near to disk speed a checkpoint streams through with ``--scheme fp8-dynamic``.
+"""How near to disk speed a checkpoint streams through with ``--scheme fp8-tensor-dynamic``.
 
 A random-weight checkpoint is quantized, and in the same run the same bytes are plainly read
 (``preadv`` into one buffer) and the edition's bytes plainly written (``pwrite`` and ``fsync``).
@@ -87,13 +87,13 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true")
     options = parser.parse_args()
     keep_freed_memory()
-    scheme = Scheme(weights="channel", inputs="dynamic", kv_cache="none")
+    scheme = Scheme(inputs="dynamic", kv_cache="none")
     CACHE.mkdir(exist_ok=True)
     ours, plain = [], []
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "out"
         make_model(model, options.gigabytes)
-        result = quantize(model, out, scheme=scheme)
+        result = quantize(model, out, scheme=scheme, format="quark")
         shutil.rmtree(out)
         for number in range(options.rounds):
             drop_caches(options.cold)
@@ -102,7 +102,7 @@ def main() -> None:
             write = plain_write(Path(scratch) / "plain", result.bytes_after)
             drop_caches(options.cold)
             begin = time.perf_counter()
-            quantize(model, out, scheme=scheme)
+            quantize(model, out, scheme=scheme, format="quark")
             ours.append(time.perf_counter() - begin)
             plain.append(read + write)
             shutil.rmtree(out)

@@ -46,7 +46,7 @@ def amax(tensor: Tensor) -> Tensor:
     Returns:
         A float32 scalar, exact. NaN if any element is NaN, +inf if any is infinite.
     """
-    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous():
+    if _suits_kernels(tensor):
         return kernels.amax(tensor)
     low, high = torch.aminmax(tensor)
     return torch.maximum(-low, high).float()
@@ -54,6 +54,8 @@ def amax(tensor: Tensor) -> Tensor:
 
 def amax_by_channel(matrix: Tensor) -> Tensor:
     """Largest absolute value of each row of ``matrix``, any floating dtype: float32 ``[rows, 1]``."""
+    if _suits_kernels(matrix):
+        return kernels.amax_of_tiles(matrix, (1, max(matrix.shape[1], 1)))
     low, high = torch.aminmax(matrix, dim=1, keepdim=True)
     return torch.maximum(-low, high).float()
 
@@ -67,12 +69,20 @@ def amax_by_block(matrix: Tensor) -> Tensor:
     Returns:
         float32 ``[⌈rows/128⌉, ⌈columns/128⌉]``.
     """
+    if _suits_kernels(matrix):
+        return kernels.amax_of_tiles(matrix, (BLOCK, BLOCK))
     strips = []
     for rows in torch.split(matrix, BLOCK):
         low, high = torch.aminmax(rows, dim=0)
         columns = torch.maximum(-low, high).float()
         strips.append(torch.stack([part.amax() for part in torch.split(columns, BLOCK)]))
     return torch.stack(strips)
+
+
+def _suits_kernels(tensor: Tensor) -> bool:
+    """Whether the single-pass kernels take it."""
+    on_cpu = tensor.device.type == "cpu"
+    return on_cpu and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
 
 
 def spread(scale: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -145,6 +145,17 @@ def _largest(x: Any) -> Any:
 
 
 @njit(**_JIT)
+def _largest_of_tiles(x: Any, tile_rows: Any, tile_columns: Any, out: Any) -> None:
+    for row in range(x.shape[0]):
+        for start in range(0, x.shape[1], tile_columns):
+            run = x[row, start : start + tile_columns]
+            largest = out[row // tile_rows, start // tile_columns]
+            for i in range(run.shape[0]):
+                largest = max(largest, np.uint16(run[i] & np.uint16(0x7FFF)))
+            out[row // tile_rows, start // tile_columns] = largest
+
+
+@njit(**_JIT)
 def _score(logits: Any, targets: Any, logprobs: Any, greedy: Any) -> None:
     for row in range(logits.shape[0]):
         values = logits[row]
@@ -317,6 +328,22 @@ def amax(x: Tensor) -> Tensor:
         A float32 scalar; NaN if any element is NaN.
     """
     return _amax(_largest(_raw(x).reshape(-1)))
+
+
+def amax_of_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Largest absolute value of each tile of ``x``.
+
+    Args:
+        x: bfloat16 ``[rows, columns]``, contiguous, on the CPU.
+        tile: its rows and columns; tiles at the edges may be smaller.
+
+    Returns:
+        float32 ``[⌈rows / tile rows⌉, ⌈columns / tile columns⌉]``; NaN where an element is NaN.
+    """
+    shape = [-(-size // step) for size, step in zip(x.shape, tile, strict=True)]
+    bits = torch.zeros(shape, dtype=torch.uint16)
+    _largest_of_tiles(_raw(x), *tile, bits.numpy())
+    return bits.view(torch.bfloat16).float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -232,6 +232,51 @@ def test_rounding_error_is_measured(dtype: torch.dtype) -> None:
     assert lost > 0.1
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", [(128, 128), (300, 200), (1, 5), (129, 1), (40, 400)])
+def test_tiles_are_quantized_each_with_its_own_scale(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor[0, 0] = 40.0
+    for amax_of, height, width in (
+        (fp8.amax_by_channel, 1, shape[1]),
+        (fp8.amax_by_block, 128, 128),
+    ):
+        amax = amax_of(tensor)
+        scale = fp8.scale_from_amax(amax)
+        codes, error = fp8.quantize_and_measure(tensor, scale)
+        restored = fp8.dequantize(codes, scale)
+        noise = signal = 0.0
+        for i in range(0, shape[0], height):
+            for j in range(0, shape[1], width):
+                part = tensor[i : i + height, j : j + width].double()
+                place = (i // height, j // width)
+                assert amax[place] == part.abs().max().float()
+                one = (part.abs().max().float() / 448).reshape(())
+                alone = fp8.quantize(tensor[i : i + height, j : j + width], one)
+                assert torch.equal(
+                    codes[i : i + height, j : j + width].view(torch.uint8), alone.view(torch.uint8)
+                )
+                exact = alone.double() * one.double()
+                assert torch.equal(restored[i : i + height, j : j + width], exact.float())
+                noise += float(((exact - part) ** 2).sum())
+                signal += float((part**2).sum())
+        # Above 100 dB there is nothing but the rounding of the sums.
+        expected = min(10 * math.log10(signal / noise) if noise else 100, 100)
+        found = min(100 if error.sqnr_db is None else error.sqnr_db, 100)
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_amax_of_tiles_hands_on_what_is_not_finite(bad: float) -> None:
+    tensor = torch.ones(200, 300, dtype=torch.bfloat16)
+    tensor[150, 7] = bad
+    expected = torch.ones(2, 3)
+    expected[1, 0] = bad
+    assert torch.equal(fp8.amax_by_block(tensor).nan_to_num(), expected.nan_to_num())
+
+
 def test_what_is_exact_has_no_noise() -> None:
     tensor = torch.tensor([448.0, -2.0, 0.0], dtype=torch.bfloat16)
     assert fp8.quantize_and_measure(tensor, torch.tensor(1.0))[1] == (None, 0.0)

@@ -30,9 +30,7 @@ class Dtype(StrEnum):
 def convert(
     source: Annotated[str, typer.Argument(help="An FP8 edition in any dialect.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
-    to: Annotated[
-        str | None, typer.Option(help=f"Dialect to write: {', '.join(FORMATS)}.")
-    ] = None,
+    to: Annotated[str | None, typer.Option(help=f"Dialect to write: {', '.join(FORMATS)}.")] = None,
     dequantize: Annotated[
         Dtype | None, typer.Option(help="Write a plain checkpoint of this dtype instead.")
     ] = None,
