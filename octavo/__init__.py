@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from octavo.publishing import report
     from octavo.sample import sample_model
     from octavo.scheme import Scheme
+    from octavo.serving import serve
     from octavo.verification import verify
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "quantize": "octavo.pipeline",
     "report": "octavo.publishing",
     "sample_model": "octavo.sample",
+    "serve": "octavo.serving",
     "verify": "octavo.verification",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "quantize",
     "report",
     "sample_model",
+    "serve",
     "verify",
 ]
 

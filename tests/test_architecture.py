@@ -65,7 +65,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "engines": {"errors", "attention", "checkpoint", "fused", "loading", "kernels"},
     "evaluation": {"errors", "checkpoint", "calibration", "engines", "tokenizer", "version"},
-    "reporting": {"errors", "checkpoint", "scheme", "units", "version"},
+    "serving": {"checkpoint", "servers"},
+    "servers": {"errors", "checkpoint", "edition", "formats", "scheme"},
+    "reporting": {"errors", "checkpoint", "scheme", "servers", "units", "version"},
     "inspection": {
         "errors",
         "canonical",
@@ -91,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
     "completion": {"errors", "checkpoint", "engines", "tokenizer"},
     "publishing": ROOMS
     - {
-        *("cli", "console", "pipeline", "throughput", "benchmarking", "servers", "serving"),
+        *("cli", "console", "pipeline", "throughput", "benchmarking", "serving"),
         *("inspection", "verification"),
     },
     "pipeline": ROOMS

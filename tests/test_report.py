@@ -211,6 +211,15 @@ class TestCommands:
         )
         assert [snippet.code for snippet in serve(edition)] == ["vllm serve smollm2-fp8"]
 
+    def test_only_engines_that_read_the_dialect_are_named(self, results: Results) -> None:
+        edition = results.edition.model_copy(update={"format": "tensorrt-llm"})
+        (snippet,) = serve(edition)
+        assert snippet.title == "TensorRT-LLM"
+        assert snippet.code.splitlines() == [
+            "trtllm-build --checkpoint_dir smollm2-fp8 --output_dir smollm2-fp8-engine",
+            "trtllm-serve smollm2-fp8-engine --backend tensorrt --tokenizer smollm2-fp8",
+        ]
+
 
 class TestPage:
     def test_self_contained(self, page: str) -> None:

@@ -12,10 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -23,18 +23,10 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny
-from octavo import Calibration, OctavoError, Scheme, quantize
+from octavo import Calibration, OctavoError, Scheme, convert, quantize
 from octavo.cli import app
 from octavo.scheme import KINDS
-from octavo.servers import (
-    SERVERS,
-    Server,
-    ServerCommand,
-    process,
-    server_command,
-    tensorrt_llm,
-    vllm,
-)
+from octavo.servers import SERVERS, Server, ServerCommand, process, server_command
 from octavo.serving import serve
 
 # What stands in for an engine: it does what STAND_IN (JSON) says and writes down what happens to it.
@@ -144,6 +136,11 @@ class Engine:
         """What it was sent and lived to tell."""
         return [fact["signal"] for fact in self.facts if "signal" in fact]
 
+    def is_gone(self) -> bool:
+        """Whether it has ended, and the child it started."""
+        pids = [self.started["pid"], self.started["child"]]
+        return not any(is_running(pid) for pid in pids if pid is not None)
+
     def server(self, model: Path, **options: Any) -> Server:
         command = server_command("vllm", model, port=self.port)
         return Server(command, **{"on_line": lambda _: None, **options})
@@ -177,13 +174,13 @@ class TestServer:
         with engine.server(tiny_llama, on_line=lines.append) as server:
             assert server.url == f"http://127.0.0.1:{engine.port}"
             assert httpx2.get(f"{server.url}/health", trust_env=False).status_code == 200
-            pid, child = engine.started["pid"], engine.started["child"]
-            assert engine.started["group"] == os.getpgid(child) != os.getpgid(0)
+            group = engine.started["group"]
+            assert group == os.getpgid(engine.started["child"]) != os.getpgid(0)
             assert eventually(lambda: {"loading weights", "a warning"} <= {*lines})
             assert shlex.split(lines[0])[1:3] == [str(engine.bin / "vllm"), "serve"]
         assert [fact["health"] for fact in engine.facts if "health" in fact][:2] == [False, False]
         assert engine.signals == ["SIGINT"]
-        assert eventually(lambda: not is_running(pid) and not is_running(child))
+        assert eventually(engine.is_gone)
 
     def test_what_ignores_signals_is_killed(
         self, engine: Engine, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
@@ -191,15 +188,15 @@ class TestServer:
         monkeypatch.setattr(process, "ESCALATION", [(signal.SIGINT, 0.3), (signal.SIGTERM, 0.3)])
         engine.does(survives=["SIGINT", "SIGTERM"])
         with engine.server(tiny_llama) as server:
-            pid = engine.started["pid"]
+            pass
         assert engine.signals == ["SIGINT", "SIGTERM"]
         assert server.wait() == 128 + signal.SIGKILL
-        assert not is_running(pid)
+        assert engine.is_gone()
 
     def test_ends_it_after_an_error(self, engine: Engine, tiny_llama: Path) -> None:
         with pytest.raises(ZeroDivisionError), engine.server(tiny_llama):
             raise ZeroDivisionError
-        assert not is_running(engine.started["pid"])
+        assert engine.is_gone()
 
     def test_signals_and_exit_code(self, engine: Engine, tiny_llama: Path) -> None:
         engine.does(survives=["SIGUSR1"], ends_on={"SIGUSR2": 9})
@@ -224,7 +221,7 @@ class TestServer:
             pass
         assert f"vLLM ended with {told}" in str(error.value)
         assert str(error.value).endswith("Its last lines:\n  loading weights\n  a warning")
-        assert eventually(lambda: not is_running(engine.started["child"]))
+        assert eventually(engine.is_gone)
 
     def test_is_not_healthy_in_time(self, engine: Engine, tiny_llama: Path) -> None:
         engine.does(delay=600)
@@ -234,7 +231,7 @@ class TestServer:
         ):
             pass
         assert "loading weights" in str(error.value)
-        assert not is_running(engine.started["pid"])
+        assert engine.is_gone()
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
     def test_port_in_use(self, host: str, engine: Engine, tiny_llama: Path) -> None:
@@ -435,6 +432,13 @@ class TestVllm:
             metadata.write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 0.32.0\n")
             assert server_command("vllm", tiny_llama).argv[: len(words)] == words
 
+    def test_what_it_does_not_read(self, editions: Editions) -> None:
+        edition = editions("tensorrt-llm", "fp8")
+        with pytest.raises(OctavoError, match="vLLM does not read") as error:
+            server_command("vllm", edition)
+        command = f"`octavo convert '{edition}' -o '{edition}-modelopt' --to modelopt`"
+        assert command in str(error.value)
+
     def test_a_model_of_the_hub_keeps_its_id(self, tiny_llama: Path, tmp_path: Path) -> None:
         snapshot = tmp_path / "models--some-org--Some-Model" / "snapshots" / "0123abcd"
         shutil.copytree(tiny_llama, snapshot)
@@ -443,16 +447,10 @@ class TestVllm:
 
 class TestTensorrtLlm:
     @pytest.fixture
-    def checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """The files of one of its own checkpoints for two ranks."""
-        directory = tmp_path / "own"
-        directory.mkdir()
-        for name in ("config.json", "rank0.safetensors", "rank1.safetensors", "tokenizer.json"):
-            (directory / name).touch()
-        edition = SimpleNamespace(dialect="tensorrt-llm", scheme=Scheme())
-        monkeypatch.setattr(tensorrt_llm, "Checkpoint", lambda directory: directory)
-        monkeypatch.setattr(tensorrt_llm, "Edition", lambda checkpoint: edition)
-        return directory
+    def checkpoint(self, editions: Editions, tmp_path: Path) -> Path:
+        """One of its own checkpoints, for two ranks."""
+        convert(editions("modelopt", "fp8"), tmp_path / "own", to="tensorrt-llm", tp=2)
+        return tmp_path / "own"
 
     def test_bf16(self, tiny_llama: Path) -> None:
         command = server_command("tensorrt-llm", tiny_llama, port=81, extra=["--tp_size", "2"])
@@ -474,8 +472,8 @@ class TestTensorrtLlm:
             OctavoError, match=f"the dialect {dialect} with the scheme {kind}"
         ) as error:
             server_command("tensorrt-llm", edition)
-        convert = f"`octavo convert '{edition}' -o '{edition}-{target}' --to {target}`"
-        assert (convert in str(error.value)) == (target != "nothing")
+        command = f"`octavo convert '{edition}' -o '{edition}-{target}' --to {target}`"
+        assert (command in str(error.value)) == (target != "nothing")
 
     def test_a_cache_it_would_drop(self, editions: Editions) -> None:
         (note,) = server_command("tensorrt-llm", editions("block-fp8", "fp8-block")).notes
@@ -551,19 +549,11 @@ class TestTensorrtLlm:
             server_command("tensorrt-llm", checkpoint)
 
     def test_no_tokenizer(self, checkpoint: Path) -> None:
-        (checkpoint / "tokenizer.json").unlink()
+        for file in checkpoint.glob("tokenizer*"):
+            file.unlink()
         with pytest.raises(OctavoError, match="has no tokenizer"):
             server_command("tensorrt-llm", checkpoint)
         server_command("tensorrt-llm", checkpoint, extra=["--tokenizer", "some/model"])
-
-
-def test_vllm_does_not_read_what_tensorrt_llm_does(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    edition = SimpleNamespace(dialect="tensorrt-llm", scheme=Scheme())
-    monkeypatch.setattr(vllm, "Edition", lambda checkpoint: edition)
-    with pytest.raises(OctavoError, match=r"--to modelopt`\.$"):
-        server_command("vllm", tiny_llama)
 
 
 class TestServe:
@@ -586,6 +576,24 @@ class TestServe:
         assert "--kv-cache-dtype fp8" in said[0]
         assert said[1].startswith("$ ")
         assert handlers == [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+
+    def test_a_signal_that_is_ignored_is_not_passed_on(
+        self, engine: Engine, tiny_llama: Path
+    ) -> None:
+        engine.does(survives=["SIGHUP", "SIGUSR1"], ends_on={"SIGUSR2": 0})
+
+        def send(command: ServerCommand) -> None:
+            for signum in (signal.SIGHUP, signal.SIGUSR1):
+                os.kill(os.getpid(), signum)
+            assert eventually(lambda: engine.signals != [])
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        try:
+            serve(tiny_llama, port=engine.port, on_line=lambda _: None, on_ready=send)
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        assert engine.signals == ["SIGUSR1", "SIGUSR2"]
 
     def test_in_another_thread(self, engine: Engine, tiny_llama: Path) -> None:
         codes: list[int] = []
@@ -620,19 +628,28 @@ class Octavo:
         return self.process.returncode, out, " ".join(err.split())
 
 
+Start = Callable[..., Octavo]
+
+
 @pytest.fixture
-def arguments(engine: Engine, tiny_llama: Path) -> tuple[object, ...]:
-    return (tiny_llama, "--port", engine.port)
+def start(engine: Engine, tiny_llama: Path) -> Iterator[Start]:
+    """Starts the program; what a failed test leaves running is killed."""
+    with ExitStack() as started:
+
+        def start(*arguments: object, ready: bool = True) -> Octavo:
+            octavo = Octavo(engine, tiny_llama, "--port", engine.port, *arguments, ready=ready)
+            started.callback(octavo.process.kill)
+            return octavo
+
+        yield start
 
 
 class TestCommand:
     """The verb, in the shell."""
 
-    def test_says_where_and_passes_signals_on(
-        self, engine: Engine, arguments: tuple[object, ...]
-    ) -> None:
+    def test_says_where_and_passes_signals_on(self, engine: Engine, start: Start) -> None:
         engine.does(delay=0.3, survives=["SIGUSR1", "SIGHUP"], ends_on={"SIGINT": 3})
-        octavo = Octavo(engine, *arguments, "--", "--max-model-len", "64")
+        octavo = start("--", "--max-model-len", "64")
         url = f"http://127.0.0.1:{engine.port}"
         assert f"tiny-llama is served at {url}" in octavo.line
         curl = shlex.split(octavo.line.partition("try: ")[2])
@@ -653,19 +670,19 @@ class TestCommand:
         assert "loading weights" in err
         assert "vllm ended with exit code 3" in err
 
-    def test_the_engine_is_killed(self, engine: Engine, arguments: tuple[object, ...]) -> None:
-        octavo = Octavo(engine, *arguments)
+    def test_the_engine_is_killed(self, engine: Engine, start: Start) -> None:
+        octavo = start()
         os.kill(engine.started["pid"], signal.SIGKILL)
         assert octavo.ends()[0] == 137
 
-    def test_terminated(self, engine: Engine, arguments: tuple[object, ...]) -> None:
-        octavo = Octavo(engine, *arguments)
+    def test_terminated(self, engine: Engine, start: Start) -> None:
+        octavo = start()
         octavo.process.terminate()
         assert octavo.ends()[0] == 143
 
-    def test_ctrl_c_until_it_ends(self, engine: Engine, arguments: tuple[object, ...]) -> None:
+    def test_ctrl_c_until_it_ends(self, engine: Engine, start: Start) -> None:
         engine.does(survives=["SIGINT", "SIGTERM"], child=True)
-        octavo = Octavo(engine, *arguments)
+        octavo = start()
 
         def received(signals: list[str]) -> bool:
             return engine.signals == signals
@@ -677,48 +694,35 @@ class TestCommand:
         code, _, err = octavo.ends()
         assert code == 130
         assert "interrupted; nothing is left behind." in err
-        assert eventually(
-            lambda: (
-                not is_running(engine.started["pid"]) and not is_running(engine.started["child"])
-            )
-        )
+        assert eventually(engine.is_gone)
 
     @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
     def test_a_signal_before_it_is_healthy(
-        self, signum: signal.Signals, engine: Engine, arguments: tuple[object, ...]
+        self, signum: signal.Signals, engine: Engine, start: Start
     ) -> None:
         engine.does(delay=600, child=True)
-        octavo = Octavo(engine, *arguments, ready=False)
+        octavo = start(ready=False)
         octavo.process.send_signal(signum)
         code, out, _ = octavo.ends()
         assert (code, out) == (128 + signum, "")
-        assert eventually(
-            lambda: (
-                not is_running(engine.started["pid"]) and not is_running(engine.started["child"])
-            )
-        )
+        assert eventually(engine.is_gone)
 
-    def test_killed_it_takes_the_engine_along(
-        self, engine: Engine, arguments: tuple[object, ...]
-    ) -> None:
+    def test_killed_it_takes_the_engine_along(self, engine: Engine, start: Start) -> None:
         engine.does(ends_on={"SIGINT": 0}, child=True)
-        octavo = Octavo(engine, *arguments)
+        octavo = start()
         octavo.process.kill()
-        assert eventually(
-            lambda: (
-                not is_running(engine.started["pid"]) and not is_running(engine.started["child"])
-            )
-        )
+        assert eventually(engine.is_gone)
         octavo.ends()
 
-    def test_bad_input(self, engine: Engine, arguments: tuple[object, ...]) -> None:
+    def test_bad_input(self, engine: Engine, tiny_llama: Path) -> None:
         engine.does(dies=7)
-        bad: dict[tuple[object, ...], str] = {
+        port = ("--port", str(engine.port))
+        bad: dict[tuple[str, ...], str] = {
             (): "vLLM ended with exit code 7 before it was healthy",
             ("--engine", "abacus"): "Unknown engine 'abacus'. Expected one of vllm, tensorrt-llm.",
             ("--", "--uds", "socket"): "With --uds",
         }
         for options, told in bad.items():
-            result = CliRunner().invoke(app, ["serve", *map(str, (*arguments, *options))])
+            result = CliRunner().invoke(app, ["serve", str(tiny_llama), *port, *options])
             assert (result.exit_code, result.stdout) == (2, "")
             assert told in " ".join(result.stderr.split())

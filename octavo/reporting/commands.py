@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from octavo.reporting.record import Record
 from octavo.reporting.results import Edition
+from octavo.servers.reads import TENSORRT_LLM, VLLM
 
 
 class Snippet(NamedTuple):
@@ -44,8 +45,12 @@ def make_again(record: Record, edition: str) -> Snippet:
 
 
 def serve(edition: Edition) -> list[Snippet]:
-    """How engines that read the edition's dialect serve it."""
-    return [_ENGINES[engine](edition) for engine in _READ_BY.get(edition.format, ("vLLM",))]
+    """How engines that read the edition's dialect and scheme serve it."""
+    return [
+        write(edition)
+        for reads, write in _ENGINES
+        if edition.scheme.kind in reads.get(edition.format, ())
+    ]
 
 
 def _vllm(edition: Edition) -> Snippet:
@@ -55,26 +60,13 @@ def _vllm(edition: Edition) -> Snippet:
 
 
 def _tensorrt_llm(edition: Edition) -> Snippet:
+    if edition.format == "tensorrt-llm":
+        engine = f"{edition.name}-engine"
+        build = ["trtllm-build", "--checkpoint_dir", edition.name, "--output_dir", engine]
+        run = ["trtllm-serve", engine, "--backend", "tensorrt", "--tokenizer", edition.name]
+        return Snippet("TensorRT-LLM", "sh", f"{shlex.join(build)}\n{shlex.join(run)}")
     # It reads the cache's format from hf_quant_config.json.
     return Snippet("TensorRT-LLM", "sh", shlex.join(["trtllm-serve", edition.name]))
 
 
-def _tensorrt_llm_api(edition: Edition) -> Snippet:
-    code = (
-        "from tensorrt_llm import LLM\n\n"
-        f"llm = LLM(model={edition.name!r})\n"
-        'print(llm.generate("The capital of France is").outputs[0].text)'
-    )
-    return Snippet("TensorRT-LLM, from Python", "python", code)
-
-
-_ENGINES = {
-    "vLLM": _vllm,
-    "TensorRT-LLM": _tensorrt_llm,
-    "TensorRT-LLM API": _tensorrt_llm_api,
-}
-# Which of them read a dialect.
-_READ_BY = {
-    "modelopt": ("vLLM", "TensorRT-LLM", "TensorRT-LLM API"),
-    "quark": ("vLLM",),
-}
+_ENGINES = ((VLLM, _vllm), (TENSORRT_LLM, _tensorrt_llm))

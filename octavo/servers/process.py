@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, one_line
 from octavo.servers import keeper
 from octavo.servers.keeper import ESCALATION
 from octavo.servers.server import Build, ServerCommand
@@ -250,8 +250,8 @@ def _refuse_taken_address(url: str) -> None:
     failures = []
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise OctavoError(f"--host {host} is no address: {error.strerror}.") from error
+    except (OSError, UnicodeError) as error:
+        raise OctavoError(f"--host {host} is no address: {one_line(error)}.") from error
     for family, kind, _, _, address in addresses:
         with socket.socket(family, kind) as probe:
             # As servers do: connections of an earlier one that linger are no obstacle.

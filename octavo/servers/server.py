@@ -10,15 +10,13 @@ from typing import NamedTuple
 
 from octavo.errors import OctavoError
 from octavo.scheme import Scheme
+from octavo.servers.reads import Reads
 
 # Addresses that mean every interface, and where this machine reaches such a server.
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 # Flags of the engines with which they do not speak plain HTTP on a port.
 _NOT_HTTP = {"--grpc", "--headless", "--ssl-certfile", "--ssl-keyfile", "--uds"}
-
-Reads = Mapping[str, Sequence[str]]
-"""What an engine reads: schemes (keys of :data:`octavo.scheme.KINDS`) by dialect."""
 
 
 class Build(NamedTuple):

@@ -1,9 +1,6 @@
 """``trtllm-serve``, and for TensorRT-LLM's own checkpoints ``trtllm-build`` before it.
 
-What a Hugging Face checkpoint may be is in ``load_hf_quant_config`` (tensorrt_llm/_torch/
-model_config.py) and ``update_quant_config_from_compressed_tensors`` (tensorrt_llm/models/
-quant_config_utils.py): ModelOpt's, blocks of 128 x 128, and of compressed-tensors channels with
-dynamic inputs and blocks. Flags: tensorrt_llm/commands/serve.py and build.py.
+Flags: tensorrt_llm/commands/serve.py and build.py.
 
 Releases without the TensorRT backend have no ``trtllm-build``; they run Hugging Face checkpoints
 only (docs/source/legacy/tensorrt-backend-removal.md).
@@ -18,21 +15,14 @@ from pathlib import Path
 from octavo.checkpoint import Checkpoint
 from octavo.edition import Edition
 from octavo.errors import OctavoError
+from octavo.servers.reads import TENSORRT_LLM
 from octavo.servers.server import (
     Build,
     Flags,
-    Reads,
     ServerCommand,
     convert_command,
     refuse_unreadable,
 )
-
-READS: Reads = {
-    "modelopt": ("fp8", "fp8-dynamic"),
-    "compressed-tensors": ("fp8-dynamic", "fp8-block"),
-    "block-fp8": ("fp8-block",),
-    "tensorrt-llm": ("fp8",),
-}
 
 # Configs that it takes an FP8 KV cache from.
 _TAKES_KV_CACHE = frozenset({"modelopt", "compressed-tensors", "tensorrt-llm"})
@@ -47,7 +37,7 @@ def command(edition_dir: Path, *, host: str, port: int, extra: Sequence[str]) ->
             that is not an engine built from it, or there is no tokenizer in it.
     """
     edition = Edition(Checkpoint(edition_dir))
-    refuse_unreadable("TensorRT-LLM", READS, edition_dir, edition.dialect, edition.scheme)
+    refuse_unreadable("TensorRT-LLM", TENSORRT_LLM, edition_dir, edition.dialect, edition.scheme)
     ours = {"--backend": "pytorch", "--host": host, "--port": str(port)}
     served, build = edition_dir, None
     notes = []

@@ -9,13 +9,8 @@ from pathlib import Path
 
 from octavo.checkpoint import Checkpoint
 from octavo.edition import Edition
-from octavo.formats import FORMATS
-from octavo.servers.server import Flags, Reads, ServerCommand, refuse_unreadable
-
-READS: Reads = {
-    name: FORMATS[name].carries
-    for name in ("modelopt", "quark", "compressed-tensors", "vllm-fp8", "block-fp8")
-}
+from octavo.servers.reads import VLLM
+from octavo.servers.server import Flags, ServerCommand, refuse_unreadable
 
 # Where `--kv-cache-dtype auto` becomes FP8 if the checkpoint's config promises it: ModelOpt's in
 # `get_kv_cache_quant_algo_string` (vllm/utils/torch_utils.py), the `kv_cache_scheme` of
@@ -27,7 +22,7 @@ _TAKES_KV_CACHE = frozenset({"modelopt", "compressed-tensors"})
 def command(edition_dir: Path, *, host: str, port: int, extra: Sequence[str]) -> ServerCommand:
     """See :func:`octavo.servers.server_command`."""
     edition = Edition(Checkpoint(edition_dir))
-    refuse_unreadable("vLLM", READS, edition_dir, edition.dialect, edition.scheme)
+    refuse_unreadable("vLLM", VLLM, edition_dir, edition.dialect, edition.scheme)
     ours = {
         "--host": host,
         "--port": str(port),
