@@ -7,7 +7,8 @@ is in memory at a time, or those that the target stores as one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,7 +148,7 @@ def convert(
         for names in plan.groups:
             layout |= plan.encode(plan.layout(_canonical(edition, names)))
         writer = CheckpointWriter(target, layout, shard_size=shard_size, overwrite=overwrite)
-        with writer, clock("convert"):
+        with writer, _one_thread(), clock("convert"):
             _write(edition, plan, writer, on_progress)
             _write_files(edition, plan, writer, to, requantized)
             writer.commit()
@@ -164,6 +165,17 @@ def convert(
         seconds=clock.seconds(),
         warnings=_warnings(requantized, to),
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Strips are too small for several threads of PyTorch's, which wait for each other at every one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write(
