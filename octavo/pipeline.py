@@ -194,7 +194,7 @@ def quantize(
         bytes_after=sum(tensor.nbytes for tensor in layout.values()),
         peak_memory=_peak_memory(),
         seconds=clock.seconds(),
-        warnings=_warnings(plans, calibration, tokens),
+        warnings=_warnings(job, calibration, tokens),
     )
 
 
@@ -362,14 +362,18 @@ def _record(
     }
 
 
-def _warnings(plans: list[LayerPlan], calibration: Calibration, tokens: Tensor | None) -> list[str]:
+def _warnings(job: _Job, calibration: Calibration, tokens: Tensor | None) -> list[str]:
     found = []
     if tokens is not None and calibration.samples and len(tokens) < calibration.samples:
         found.append(
             f"The calibration text {calibration.source} gave {len(tokens)} samples of "
             f"{tokens.shape[1]} tokens, {calibration.samples} were asked for."
         )
-    for plan in plans:
+    if job.scheme.weights == "block":
+        linears = [module for plan in job.plans for module in plan.linears]
+        shapes = {module: job.source[f"{module}.weight"].shape for module in linears}
+        found += filter(None, [canonical.partial_blocks(shapes)])
+    for plan in job.plans:
         for group in canonical.fused_groups(plan.linears + plan.kept):
             kept = [name for name in group if name in plan.kept]
             if kept and len(kept) < len(group):

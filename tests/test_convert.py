@@ -203,6 +203,25 @@ def test_new_codes_are_the_nearest_with_the_new_scale(old: float, factor: float)
         assert error.sqnr_db == pytest.approx(expected_db, abs=1e-4)
 
 
+def test_blocks_that_do_not_divide_are_warned_of(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "head_dim": 32,
+        "num_key_value_heads": 4,
+    }
+    for name, options in (("fit", sizes), ("partial", {**sizes, "intermediate_size": 300})):
+        model = tiny.build("llama", tmp_path / name, **options)
+        made = quantize(
+            model, tmp_path / f"{name}-8", scheme=scheme_called("fp8-block"), format="block-fp8"
+        )
+        there = convert(tmp_path / f"{name}-8", tmp_path / f"{name}-ct", to="compressed-tensors")
+        assert made.warnings == there.warnings
+        assert bool(made.warnings) == (name == "partial")
+        if made.warnings:
+            assert "6 of 14 weights, model.layers.0.mlp.gate_proj of [300, 128]" in made.warnings[0]
+
+
 class TestMergedScales:
     """TensorRT-LLM has one scale for q/k/v and one for gate/up."""
 

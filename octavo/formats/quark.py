@@ -126,11 +126,13 @@ def decode(files: Files, tensors: Mapping[str, Described]) -> Decoded:
     granularity = next(
         (name for name, spec in _WEIGHTS.items() if spec["qscheme"] == weight.get("qscheme")), None
     )
-    if granularity is None:
-        raise unsupported("quark", f"weight scales {weight.get('qscheme')!r}")
+    if granularity is None or (granularity == "channel" and weight.get("ch_axis") != 0):
+        axis = weight.get("ch_axis")
+        raise unsupported("quark", f"weight scales {weight.get('qscheme')!r} along axis {axis!r}")
     dynamic = inputs.get("is_dynamic") is True
-    if dynamic and inputs.get("qscheme") != "per_channel":
-        raise unsupported("quark", f"dynamic inputs {inputs.get('qscheme')!r}")
+    if dynamic and (inputs.get("qscheme"), inputs.get("ch_axis")) != ("per_channel", 1):
+        axis = inputs.get("ch_axis")
+        raise unsupported("quark", f"dynamic inputs {inputs.get('qscheme')!r} along axis {axis!r}")
     export = section.get("export")
     groups = export.get("kv_cache_group") if isinstance(export, dict) else None
     scheme = scheme_of(

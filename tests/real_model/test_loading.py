@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct loaded from editions: Octavo's own, and those ModelOpt and Quark wrote."""
+"""SmolLM2-135M-Instruct loaded from editions: Octavo's own, and those that other tools wrote."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from golden import rebuild, tensors_of
-from octavo import load
+from golden import TOOLS, read, rebuild, sha256, tensors_of
+from octavo import convert, load
 from reference import fake_quantized
 
 pytestmark = pytest.mark.real_model
@@ -50,7 +51,7 @@ def test_perplexity_is_that_of_float32_fake_quantization(
     assert expected - unquantized > 0.02
 
 
-@pytest.mark.parametrize("tool", ["modelopt-0.47.0", "quark-0.13"])
+@pytest.mark.parametrize("tool", TOOLS)
 def test_other_tools_editions_load_and_score(
     tool: str,
     sample: Path,
@@ -62,6 +63,37 @@ def test_other_tools_editions_load_and_score(
     model, tokenizer = load(rebuild(tool, sample, golden, tmp_path / "edition"))
     assert tokenizer is not None
     assert unquantized < nll(model, windows) < unquantized + 0.1
+
+
+# ModelOpt's name of what the tool calls otherwise: that of keys' and values' scales.
+CACHE_SCALES = {
+    "quark-0.13": (r"([kv])_proj\.output_scale", r"\1_proj.\1_scale"),
+    "llmcompressor-0.14.0.1": (r"self_attn\.([kv])_scale", r"self_attn.\1_proj.\1_scale"),
+}
+
+
+@pytest.mark.parametrize("tool", CACHE_SCALES)
+def test_other_tools_editions_become_modelopt_s(
+    tool: str, sample: Path, golden: Path, tmp_path: Path
+) -> None:
+    """Codes byte for byte, scales to the last bit."""
+    result = convert(
+        rebuild(tool, sample, golden, tmp_path / "edition"), tmp_path / "converted", to="modelopt"
+    )
+    assert result.requantized == {}
+    theirs = {
+        re.sub(*CACHE_SCALES[tool], name): entry
+        for name, entry in read(golden / tool / "tensors.json").items()
+    }
+    ours = tensors_of(tmp_path / "converted")
+    assert ours.keys() == theirs.keys() == read(golden / "modelopt-0.47.0" / "tensors.json").keys()
+    for name, entry in theirs.items():
+        if "sha256" in entry:
+            assert sha256(ours[name]) == entry["sha256"], name
+        else:
+            assert (ours[name].dtype, ours[name].item()) == (torch.float32, entry["value"]), name
+    config = read(tmp_path / "converted" / "config.json")["quantization_config"]
+    assert config == read(golden / "modelopt-0.47.0" / "config.json")["quantization_config"]
 
 
 def test_it_says_where_paris_is(modelopt_edition: Path) -> None:
