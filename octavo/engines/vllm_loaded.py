@@ -22,7 +22,7 @@ class LoadedLinear(NamedTuple):
     Attributes:
         name: vLLM's (``model.layers.0.self_attn.qkv_proj``).
         weight_dtype: of the weight in memory, as PyTorch names it (``float8_e4m3fn``).
-        method: the class that loaded it (``ModelOptFp8LinearMethod``).
+        method: the class that loaded it (``ModelOptLinearMethod``).
         kernel: the class that computes the product; None where it is not quantized.
         rounds_inputs: whether the product is of inputs rounded to FP8, found by trying.
     """
@@ -125,18 +125,15 @@ def _cache(name: str, layer: Any) -> LoadedCache:
 def _rounds_inputs(layer: Any) -> bool:
     """Whether two inputs that are one in FP8 give one output.
 
-    ``1`` and ``1 + 2⁻⁶`` times the scale are neighbours that E4M3 does not tell apart, and BF16 does. One
-    value of 448 in each group gives inputs with dynamic scales the scale 1.
+    ``1`` and ``1 + 2⁻⁶`` times the scale are numbers that E4M3 does not tell apart, and BF16 does. Where
+    inputs are scaled as they come, a 1.75 in each group makes the scale ``2⁻⁸`` for both.
     """
     scale = getattr(layer, "input_scale", None)
-    row = torch.ones(layer.input_size_per_partition, dtype=torch.float32)
-    row[::_GROUP] = 448
-    below, above = row, torch.where(row == 1, 1 + 2**-6, row)
     step = 1.0 if scale is None else scale.float().max().item()
-    outputs: list[Tensor] = [
-        layer.quant_method.apply(
-            layer, (one[None] * step).to(layer.params_dtype).to(layer.weight.device), None
-        )
-        for one in (below, above)
-    ]
+    outputs: list[Tensor] = []
+    for value in (1, 1 + 2**-6):
+        row = torch.full((1, layer.input_size_per_partition), value * step)
+        row[:, ::_GROUP] = 1.75 * step
+        x = row.to(layer.weight.device, layer.params_dtype)
+        outputs.append(layer.quant_method.apply(layer, x, None))
     return torch.equal(*outputs)
