@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import pytest
 from torch import Tensor
@@ -22,7 +22,8 @@ from octavo.scheme import scheme_called
 # small model, either way; over all these it averages to 0.3 %.
 SEQ_LEN, WINDOWS = 512, 16
 
-Editions: TypeAlias = Callable[[str, str, str], Path]
+Editions: TypeAlias = Callable[[str, str, str, bool], Path]
+Expected: TypeAlias = Callable[[str, str, bool], float]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,16 +59,18 @@ def tokens(sample: Path) -> Tensor:
 
 @pytest.fixture(scope="session")
 def editions(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Editions:
-    """The sample model in a dialect, in a scheme, with a KV cache of a kind; each made once."""
+    """The sample model in a dialect, in a scheme, with a KV cache of a kind and perhaps merged weight scales;
+    each made once."""
     directory = tmp_path_factory.mktemp("editions")
 
     @cache
-    def build(dialect: str, kind: str, kv_cache: str) -> Path:
-        output = directory / f"{dialect}-{kind}-{kv_cache}"
+    def build(dialect: str, kind: str, kv_cache: str, merged: bool) -> Path:
+        output = directory / f"{dialect}-{kind}-{kv_cache}-{merged}"
+        cache: Literal["fp8", "none"] = "fp8" if kv_cache == "fp8" else "none"
         quantize(
             sample,
             output,
-            scheme=scheme_called(kind, "fp8" if kv_cache == "fp8" else "none"),
+            scheme=scheme_called(kind, cache, merge_scales=merged),
             calibration=Calibration(samples=16, seq_len=512),
             format=dialect,
         )
@@ -77,13 +80,13 @@ def editions(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Editions
 
 
 @pytest.fixture(scope="session")
-def expected(editions: Editions, tokens: Tensor) -> Callable[[str, str], float]:
-    """The text's perplexity in Octavo's own engine, of a scheme and a kind of KV cache: codes and
-    scales are the same in every dialect."""
+def expected(editions: Editions, tokens: Tensor) -> Expected:
+    """The text's perplexity in Octavo's own engine, of a scheme, a kind of KV cache and weight scales merged or
+    not: codes and scales are the same in every dialect."""
 
     @cache
-    def run(kind: str, kv_cache: str) -> float:
-        edition = editions("compressed-tensors", kind, kv_cache)
+    def run(kind: str, kv_cache: str, merged: bool) -> float:
+        edition = editions("compressed-tensors", kind, kv_cache, merged)
         with closing(open_engine("torch", edition, "cpu")) as engine:
             return cost(engine, tokens)
 
