@@ -15,14 +15,15 @@ from hypothesis import settings
 
 # Before anything imports the hub's client, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import tiny
+from octavo.sample import sample_model
+
 # Programs that tests start inherit which signals are ignored, and a background job or nohup ignores
 # some of those that tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-import tiny
-from octavo.sample import sample_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
