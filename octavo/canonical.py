@@ -166,9 +166,9 @@ def partial_blocks(shapes: Mapping[str, Sequence[int]]) -> str | None:
         return None
     return (
         f"{len(partial)} of {len(shapes)} weights, {partial[0]} of {list(shapes[partial[0]])} among them, "
-        f"have sizes that are no multiple of {BLOCK}, so that blocks at their edges are smaller. vLLM refuses "
-        "such sizes in layers it fuses or splits, and `transformers` on a CPU refuses them or misreads their "
-        "scales. Octavo reads them."
+        f"have sizes that are no multiple of {BLOCK}, so that blocks at their edges are smaller. vLLM 0.32 misreads "
+        "the scales of such layers where it fuses them, without a word; `transformers` on a CPU refuses or misreads "
+        "them. Exclude them, or choose another scheme. Octavo reads them."
     )
 
 

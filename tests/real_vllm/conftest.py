@@ -26,10 +26,6 @@ Editions: TypeAlias = Callable[[str, str, str, bool], Path]
 Expected: TypeAlias = Callable[[str, str, bool], float]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "vllm: needs vLLM (`make test-vllm`)")
-
-
 def cost(engine: Engine, tokens: Tensor) -> float:
     """The perplexity of the text."""
     return perplexity(engine, tokens, seq_len=SEQ_LEN).perplexity
