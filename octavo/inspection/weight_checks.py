@@ -102,10 +102,10 @@ CHECKS: tuple[Check[Survey], ...] = (
     ),
     Check(
         "blocks-partial",
-        Severity.note,
+        Severity.warning,
         _partial_blocks,
         f"Rows and columns in multiples of {BLOCK}.",
-        "vLLM refuses some of these sizes beside block scales, above all under tensor parallelism. Where it does, "
+        "Where vLLM fuses such layers it reads their scales wrong without a word, or refuses them. Exclude them, or "
         "choose the scheme fp8-dynamic.",
     ),
 )
