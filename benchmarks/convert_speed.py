@@ -18,9 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import CACHE, median, save
 from benchmarks.disk_speed import make_model, plain_read, plain_write
-from octavo import Scheme, quantize
+from octavo import Calibration, Scheme, quantize
 from octavo.checkpoint import Checkpoint
 
 _TARGETS: dict[str, dict[str, Any]] = {
@@ -64,7 +66,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         model, source, output = (Path(scratch) / name for name in ("model", "edition", "out"))
         make_model(model, options.gigabytes)
-        quantize(model, source, scheme=Scheme(kv_cache="none", merge_scales=True))
+        ids = Path(scratch) / "ids.npy"
+        np.save(ids, np.arange(2 * 16).reshape(2, 16))
+        scheme = Scheme(kv_cache="none", merge_scales=True)
+        quantize(model, source, scheme=scheme, calibration=Calibration(source=str(ids)))
         shutil.rmtree(model)
         checkpoint = Checkpoint(source)
         largest = max(checkpoint[name].nbytes for name in checkpoint)
