@@ -16,7 +16,8 @@ from octavo import fp8
 from octavo.errors import not_finite
 from octavo.scheme import BLOCK, FUSED_GROUPS, Granularity, Scheme
 
-_SCALE_SHAPES: dict[Granularity, Callable[[int, int], tuple[int, ...]]] = {
+# The shape of a weight scale, from rows and columns of the weight.
+SCALE_SHAPES: dict[Granularity, Callable[[int, int], tuple[int, ...]]] = {
     "tensor": lambda rows, columns: (),
     "channel": lambda rows, columns: (rows, 1),
     "block": lambda rows, columns: (-(-rows // BLOCK), -(-columns // BLOCK)),
@@ -60,7 +61,7 @@ def layout_layer(
             layout[name] = source[name]
             continue
         layout[name] = source[name].to(fp8.E4M3)
-        layout[f"{name}_scale"] = scale(*_SCALE_SHAPES[scheme.weights](*source[name].shape))
+        layout[f"{name}_scale"] = scale(*SCALE_SHAPES[scheme.weights](*source[name].shape))
         if scheme.inputs == "static":
             layout[f"{name.removesuffix('weight')}input_scale"] = scale()
     if scheme.kv_cache == "fp8":

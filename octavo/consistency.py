@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from octavo.canonical import SCALE_SHAPES
 from octavo.edition import Edition
 from octavo.errors import OctavoError
 from octavo.scheme import Scheme
@@ -73,9 +74,7 @@ def _check_scales(edition: Edition, scheme: Scheme, module: str) -> None:
         raise _contradiction(
             edition, name, "is missing", f"weight scales, one per {scheme.weights}"
         )
-    rows, columns = edition[f"{module}.weight"].shape
-    blocks = (-(-rows // 128), -(-columns // 128))
-    expected = {"tensor": (), "channel": (rows, 1), "block": blocks}[scheme.weights]
+    expected = SCALE_SHAPES[scheme.weights](*edition[f"{module}.weight"].shape)
     shape = edition.weight_scale_shape(module)
     if torch.Size(shape).numel() != torch.Size(expected).numel():
         found = f"has shape {list(edition[name].shape)}"

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "preflight": {"errors", "checkpoint"},
     "edition": {"errors", "checkpoint", "formats", "scheme"},
     "transfer": {"errors", "checkpoint", "edition"},
-    "consistency": {"errors", "edition", "scheme", "skeleton"},
+    "consistency": {"errors", "canonical", "edition", "scheme", "skeleton"},
     "conversion": {
         "errors",
         "canonical",

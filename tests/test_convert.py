@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
@@ -22,6 +22,7 @@ from octavo.checkpoint import Checkpoint
 from octavo.edition import Edition
 from octavo.formats import FORMATS
 from octavo.scheme import scheme_called
+from spoiling import edit_json, edit_tensors, hide_quantization
 
 # What differs between two models: architecture, tied embeddings, biases, KV cache, exclusions.
 MODELS: dict[str, dict[str, Any]] = {
@@ -271,24 +272,6 @@ def test_a_ranked_edition_computes_what_the_plain_one_does(tmp_path: Path) -> No
     ids = torch.arange(20).reshape(1, -1)
     with torch.inference_mode():
         assert torch.equal(load(first)[0](ids).logits, load(tmp_path / "ranks")[0](ids).logits)
-
-
-def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
-
-
-def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def hide_quantization(directory: Path) -> None:
-    edit_json(directory / "config.json", lambda config: config.pop("quantization_config"))
-    (directory / "hf_quant_config.json").unlink()
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

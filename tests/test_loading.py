@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +21,7 @@ from octavo.formats import FORMATS
 from octavo.linear import Fp8Linear
 from octavo.scheme import Inputs, scheme_called
 from reference import fake_quantized
+from spoiling import edit_json, edit_tensors, hide_quantization
 
 E4M3 = torch.float8_e4m3fn
 STATIC = Scheme()
@@ -330,37 +330,18 @@ print(peak() - before)
     assert int(ran.stdout) < size + 2 * layer_bytes + 30e6, f"{ran.stdout=} {size=}"
 
 
-def edit_config(out: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    path = out / "config.json"
-    config = json.loads(path.read_text())
-    edit(config)
-    path.write_text(json.dumps(config))
-
-
-def edit_tensors(out: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
-    path = out / "model.safetensors"
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def hide_quantization(out: Path) -> None:
-    (out / "hf_quant_config.json").unlink()
-    edit_config(out, lambda c: c.pop("quantization_config"))
-
-
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown dialect": (
-        lambda out: edit_config(
-            out,
+        lambda out: edit_json(
+            out / "config.json",
             lambda c: c["quantization_config"].update(quant_method="gguf"),
         ),
         r"unknown dialect.*gguf.*modelopt",
     ),
     "two dialects": (
-        lambda out: edit_config(
-            out,
+        lambda out: edit_json(
+            out / "config.json",
             lambda c: c["quantization_config"].update(
                 quant_method="fp8", activation_scheme="static"
             ),
@@ -368,11 +349,13 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"several dialects: modelopt, vllm-fp8",
     ),
     "a section that is no object": (
-        lambda out: edit_config(out, lambda c: c.update(quantization_config=[1])),
+        lambda out: edit_json(out / "config.json", lambda c: c.update(quantization_config=[1])),
         r"quantization_config that is a list",
     ),
     "another algorithm": (
-        lambda out: edit_config(out, lambda c: c["quantization_config"].update(quant_algo="NVFP4")),
+        lambda out: edit_json(
+            out / "config.json", lambda c: c["quantization_config"].update(quant_algo="NVFP4")
+        ),
         r"quant_algo 'NVFP4'",
     ),
     "missing weight scale": (
@@ -434,7 +417,7 @@ class TestBadEditions:
 
     def test_the_older_config_file_is_enough(self, good: Path, tmp_path: Path) -> None:
         out = Path(shutil.copytree(good, tmp_path / "edition"))
-        edit_config(out, lambda c: c.pop("quantization_config"))
+        edit_json(out / "config.json", lambda c: c.pop("quantization_config"))
         ids = torch.arange(9).reshape(1, -1)
         with torch.inference_mode():
             assert torch.equal(load(out)[0](ids).logits, load(good)[0](ids).logits)

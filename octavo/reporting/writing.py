@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,9 +25,14 @@ def check_report_target(output: Path, *, overwrite: bool) -> None:
             "The report's figures need matplotlib, which is not installed. "
             "Install it: pip install 'octavo[report]'."
         )
+    refuse_existing(output, FILES, overwrite=overwrite)
+
+
+def refuse_existing(output: Path, files: Sequence[str], *, overwrite: bool) -> None:
+    """Raise if ``output`` is no directory, or holds one of ``files`` that may not be replaced."""
     if output.exists() and not output.is_dir():
         raise OctavoError(f"{output} is a file, expected a directory. Choose another -o.")
-    existing = [file for file in FILES if (output / file).exists()]
+    existing = [file for file in files if (output / file).exists()]
     if existing and not overwrite:
         raise OctavoError(
             f"{output} holds {' and '.join(existing)} already. "
@@ -62,15 +68,15 @@ def write_report(results: Results, output: Path, *, overwrite: bool = False) -> 
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / file for file in FILES]
     for path, content in zip(paths, contents, strict=True):
-        _write_whole(path, content)
+        write_whole(path, content.encode())
     return paths
 
 
-def _write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Under a temporary name first, so that a reader sees the old file or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("x", encoding="utf-8", newline="\n") as file:
+        with partial.open("xb") as file:
             file.write(content)
         partial.replace(path)
     finally:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from octavo.errors import OctavoError
+from octavo.reporting.writing import refuse_existing, write_whole
 from octavo.throughput.results import BenchResults
 
 FILES = ("results.json", "throughput.png", "throughput.svg")
@@ -23,14 +23,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             "The figure needs matplotlib, which is not installed. Install it: "
             "pip install 'octavo[report]'. Without -o, results are printed only."
         )
-    if output.exists() and not output.is_dir():
-        raise OctavoError(f"{output} is a file, expected a directory. Choose another -o.")
-    existing = [file for file in FILES if (output / file).exists()]
-    if existing and not overwrite:
-        raise OctavoError(
-            f"{output} holds {' and '.join(existing)} already. "
-            "Choose another -o, or pass --overwrite to replace them."
-        )
+    refuse_existing(output, FILES, overwrite=overwrite)
 
 
 def write_results(results: BenchResults, output: Path) -> list[Path]:
@@ -50,15 +43,5 @@ def write_results(results: BenchResults, output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / file for file in FILES]
     for path, content in zip(paths, contents, strict=True):
-        _write_whole(path, content)
+        write_whole(path, content)
     return paths
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Under a temporary name first, so that a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
