@@ -6,7 +6,6 @@ Names and shapes are those of :mod:`octavo.formats.dialect`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
 from typing import NamedTuple
 
 import torch
@@ -71,60 +70,79 @@ def layout_layer(
     return layout
 
 
-def quantize_layer(
-    plan: LayerPlan,
-    tensors: Mapping[str, Tensor],
-    maxima: Mapping[str, Tensor],
-    activations: Mapping[str, Tensor],
-    scheme: Scheme,
-    pool: Executor,
-) -> tuple[dict[str, Tensor], dict[str, fp8.RoundingError]]:
-    """Fold one layer into FP8.
+def units(plan: LayerPlan, fuses: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The tensors of a layer in groups that are quantized and stored together.
 
     Args:
         plan: the layer.
-        tensors: its tensors as stored in the checkpoint.
-        maxima: amax of each tensor, from :func:`finite_amax`.
-        activations: amax of the linears' inputs (``<module>``) and of keys and values
-            (``<block>.k``, ``<block>.v``), float32 scalars; those the scheme needs.
-        scheme: how.
-        pool: runs the casts, one weight each.
+        fuses: linear layers a dialect stores as one tensor, by the last part of their names.
 
     Returns:
-        The canonical tensors on the CPU, and what rounding did to each linear layer's weight.
+        Names of the checkpoint: each module's tensors, or those of all modules of a fused tensor.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in plan.tensors:
+        module = name.rpartition(".")[0]
+        parent, _, projection = module.rpartition(".")
+        fused = [group for group in fuses if projection in group]
+        groups.setdefault(f"{parent} {fused[0]}" if fused else module, []).append(name)
+    return list(groups.values())
+
+
+def quantize_unit(
+    names: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    amax: Mapping[str, Tensor],
+    activations: Mapping[str, Tensor],
+    scheme: Scheme,
+    over: fp8.Map = map,
+) -> tuple[dict[str, Tensor], dict[str, fp8.RoundingError]]:
+    """Fold some tensors of a layer into FP8.
+
+    Args:
+        names: of :func:`units`.
+        tensors: the layer's, as stored in the checkpoint.
+        amax: of the weights to quantize, by module, from :func:`weight_amax`; other tensors are
+            carried over.
+        activations: amax of the linears' inputs by module, float32 scalars, where the scheme has
+            static inputs.
+        scheme: how.
+        over: applied to strips of a tensor.
+
+    Returns:
+        The canonical tensors, and what rounding did to each linear layer's weight.
     """
     errors: dict[str, fp8.RoundingError] = {}
-    amax = _weight_amax(plan.linears, maxima, scheme)
-
-    def cast(module: str) -> tuple[Tensor, Tensor, fp8.RoundingError]:
-        weight = tensors[f"{module}.weight"]
-        found = amax[module] if scheme.weights == "tensor" else _FINER[scheme.weights](weight)
-        scale = fp8.scale_from_amax(found)
-        return scale, *fp8.quantize_and_measure(weight, scale)
-
-    casts = {module: pool.submit(cast, module) for module in plan.linears}
     canonical: dict[str, Tensor] = {}
-    for name in plan.tensors:
+    for name in names:
         module = name.removesuffix(".weight")
-        if module not in casts or not name.endswith(".weight"):
+        if module not in amax or not name.endswith(".weight"):
             # A copy: the buffer the tensor lies in is filled again before this one is written.
-            canonical[name] = tensors[name].to("cpu", copy=True)
+            canonical[name] = tensors[name].clone()
             continue
-        scale, codes, errors[module] = casts[module].result()
-        canonical[name] = codes.cpu()
-        canonical[f"{module}.weight_scale"] = scale.cpu()
+        finer = _FINER.get(scheme.weights)
+        scale = fp8.scale_from_amax(finer(tensors[name], over) if finer else amax[module])
+        canonical[name], errors[module] = fp8.quantize_and_measure(tensors[name], scale, over)
+        canonical[f"{module}.weight_scale"] = scale
         if scheme.inputs == "static":
             canonical[f"{module}.input_scale"] = fp8.scale_from_amax(activations[module])
-    if scheme.kv_cache == "fp8":
-        for block in plan.attention:
-            for kind in ("k", "v"):
-                canonical[f"{block}.{kind}_scale"] = fp8.scale_from_amax(
-                    activations[f"{block}.{kind}"]
-                )
     return canonical, errors
 
 
-def finite_amax(name: str, tensor: Tensor) -> Tensor:
+def cache_scales(
+    plan: LayerPlan, activations: Mapping[str, Tensor], scheme: Scheme
+) -> dict[str, Tensor]:
+    """The canonical scales of a layer's KV cache, from amax of ``<block>.k`` and ``<block>.v``."""
+    if scheme.kv_cache == "none":
+        return {}
+    return {
+        f"{block}.{kind}_scale": fp8.scale_from_amax(activations[f"{block}.{kind}"])
+        for block in plan.attention
+        for kind in ("k", "v")
+    }
+
+
+def finite_amax(name: str, tensor: Tensor, over: fp8.Map = map) -> Tensor:
     """Amax of ``tensor``, float32 scalar; zero if it has no elements.
 
     Raises:
@@ -132,22 +150,28 @@ def finite_amax(name: str, tensor: Tensor) -> Tensor:
     """
     if not tensor.numel():
         return torch.zeros(())
-    result = fp8.amax(tensor)
+    result = fp8.amax(tensor, over)
     if not result.isfinite():
         raise not_finite(name)
     return result
 
 
-_FINER: dict[Granularity, Callable[[Tensor], Tensor]] = {
+_FINER: dict[Granularity, Callable[[Tensor, fp8.Map], Tensor]] = {
     "channel": fp8.amax_by_channel,
     "block": fp8.amax_by_block,
 }
 
 
-def _weight_amax(
+def weight_amax(
     linears: Iterable[str], maxima: Mapping[str, Tensor], scheme: Scheme
 ) -> dict[str, Tensor]:
-    """The amax that a linear layer's one weight scale is taken from, by module name."""
+    """The amax that a linear layer's one weight scale is taken from, by module name.
+
+    Args:
+        linears: those to quantize.
+        maxima: amax of each tensor, from :func:`finite_amax`.
+        scheme: decides which share one.
+    """
     merged = {module: maxima[f"{module}.weight"] for module in linears}
     if scheme.merge_scales:
         for members in fused_groups(merged):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from octavo import fp8
 from octavo.canonical import fused_groups, partial_blocks
-from octavo.checkpoint import Checkpoint, CheckpointWriter, read_json
+from octavo.checkpoint import Checkpoint, CheckpointWriter, Workspace, read_json
 from octavo.checkpoint.hub import resolve_model
 from octavo.consistency import attention_blocks, check_promises, decoder_linears
 from octavo.edition import Edition
@@ -147,8 +147,12 @@ def convert(
         layout: dict[str, Tensor] = {}
         for names in plan.groups:
             layout |= plan.encode(plan.layout(_canonical(edition, names)))
-        writer = CheckpointWriter(target, layout, shard_size=shard_size, overwrite=overwrite)
-        with writer, _one_thread(), clock("convert"):
+        with (
+            Workspace(target, overwrite=overwrite) as work,
+            CheckpointWriter(work, layout, shard_size=shard_size) as writer,
+            _one_thread(),
+            clock("convert"),
+        ):
             _write(edition, plan, writer, on_progress)
             _write_files(edition, plan, writer, to, requantized)
             writer.commit()

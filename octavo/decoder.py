@@ -10,7 +10,7 @@ architecture: the model's own ``forward`` runs once with recorders in place of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,8 @@ class Decoder:
         # The only buffers of the skeleton that no checkpoint holds.
         self._base.rotary_emb = type(self._base.rotary_emb)(self.config).to(device)
         self._base.norm = nn.Identity()
+        # Rows of the embedding are numbered anew, so the padding token's number means nothing.
+        self._base.embed_tokens.padding_idx = None
         for _, block in self.attention_blocks():
             block.kv_cache = KeyValueCache()
         recorders: Any = [_Recorder(layer) for layer in self.layers]
@@ -116,42 +118,56 @@ class Decoder:
         self.layers[index].to("meta")
 
     @torch.inference_mode()
-    def embed(self, tokens: Tensor, batch: int) -> tuple[Tensor, list[dict[str, Any]]]:
-        """What goes into the first decoder layer, and how each layer is called.
+    def call_arguments(self, seq_len: int) -> list[dict[str, Any]]:
+        """How each layer is called: the keyword arguments of its forward, for any batch of samples of
+        ``seq_len`` tokens (they are made for one sample and broadcast)."""
+        self._give_embedding(torch.zeros(1, self.config.hidden_size, dtype=self.dtype))
+        self._record(torch.zeros(1, seq_len, dtype=torch.int64, device=self.device))
+        self._base.embed_tokens.to("meta")
+        kwargs = [recorder.kwargs for recorder in self._recorders]
+        self._forget()
+        return kwargs
+
+    @torch.inference_mode()
+    def embed(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What goes into the first decoder layer.
 
         Only the embedding rows of tokens that occur are read.
 
         Args:
-            tokens: int64 ``[samples, seq_len]``, every id below the vocabulary size.
-            batch: samples at a time.
+            batches: int64 ``[samples, seq_len]`` each, every id below the vocabulary size.
 
-        Returns:
-            Hidden states ``[samples, seq_len, hidden_size]`` in the decoder's dtype on its device,
-            and for each layer the keyword arguments of its forward, for any batch of that
-            ``seq_len`` (they are made for one sample and broadcast).
+        Yields:
+            For each batch hidden states ``[samples, seq_len, hidden_size]`` in the decoder's dtype on
+            its device.
+
+        Raises:
+            OctavoError: the embedding holds NaN or infinity.
         """
-        used, compact = torch.unique(tokens, return_inverse=True)
+        used = torch.unique(torch.cat([batch.reshape(-1) for batch in batches]))
         rows = self.checkpoint.read_rows(self._embedding_name, used.tolist())
         if not rows.isfinite().all():
             raise not_finite(self._embedding_name)
-        self._base.embed_tokens.weight = nn.Parameter(rows.to(self.device), requires_grad=False)
-        compact = compact.to(self.device)
-        size = (*tokens.shape, self.config.hidden_size)
-        hidden = torch.empty(size, dtype=self.dtype, device=self.device)
-        for part, ids in zip(torch.split(hidden, batch), torch.split(compact, batch), strict=True):
-            part.copy_(self._record(ids))
-        self._record(compact[:1])
-        kwargs = [recorder.kwargs for recorder in self._recorders]
-        for recorder in self._recorders:
-            recorder.hidden = None
+        self._give_embedding(rows)
+        for batch in batches:
+            yield self._record(torch.searchsorted(used, batch).to(self.device))
+        self._forget()
         self._base.embed_tokens.to("meta")
-        return hidden, kwargs
+
+    def _give_embedding(self, rows: Tensor) -> None:
+        weight = nn.Parameter(rows.to(self.device), requires_grad=False)
+        self._base.embed_tokens.weight = weight
 
     def _record(self, tokens: Tensor) -> Tensor:
         self._base(input_ids=tokens, use_cache=False)
         hidden = self._recorders[0].hidden
         assert hidden is not None
         return hidden
+
+    def _forget(self) -> None:
+        """Let go of what the recorders saw."""
+        for recorder in self._recorders:
+            recorder.hidden, recorder.kwargs = None, {}
 
     @property
     def _embedding_name(self) -> str:

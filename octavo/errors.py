@@ -1,12 +1,18 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class OctavoError(Exception):
     """A mistake in the input, the options or the surroundings, told in one paragraph.
 
     The message names the file or tensor, what was found, what was expected and what to do next.
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. Notes (PEP 678) are further
+    paragraphs: what is left of an interrupted run.
     """
+
+
+class WriteError(OctavoError):
+    """The system refused a write. Nothing is wrong with the input, so what is finished is kept where a
+    run can be resumed."""
 
 
 def not_finite(tensor: str) -> OctavoError:

@@ -17,7 +17,8 @@ is some forty times slower, nearly all of it page faults.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,46 +30,65 @@ from octavo.scheme import BLOCK
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
-# Elements of a float32 piece, by kind of device: small enough for a core's cache, or to be
+# Elements worked on at a time, by kind of device: small enough for a core's cache, or to be
 # no burden on a GPU, and large enough that the cost of a call does not count.
-_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+_STRIP = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+Map = Callable[..., Iterable[Any]]
+"""Applies a function like ``map``: a thread pool's, for instance. No result depends on which."""
 
 # Codes used as indices at a time: NumPy makes 8 bytes of each.
 _INDICES = 1 << 16
 
 
-def amax(tensor: Tensor) -> Tensor:
+def amax(tensor: Tensor, over: Map = map) -> Tensor:
     """Largest absolute value of ``tensor``.
 
     Args:
         tensor: any shape, at least one element, any floating dtype.
+        over: applied to strips of it.
 
     Returns:
         A float32 scalar, exact. NaN if any element is NaN, +inf if any is infinite.
     """
-    if _suits_kernels(tensor):
-        return kernels.amax(tensor)
-    low, high = torch.aminmax(tensor)
+    strips = torch.split(tensor.reshape(-1), _STRIP[tensor.device.type])
+    # torch's maximum hands NaN on.
+    return torch.stack(list(over(_amax, strips))).amax() if len(strips) > 1 else _amax(strips[0])
+
+
+def _amax(strip: Tensor) -> Tensor:
+    if _suits_kernels(strip):
+        return kernels.amax(strip)
+    low, high = torch.aminmax(strip)
     return torch.maximum(-low, high).float()
 
 
-def amax_by_channel(matrix: Tensor) -> Tensor:
+def amax_by_channel(matrix: Tensor, over: Map = map) -> Tensor:
     """Largest absolute value of each row of ``matrix``, any floating dtype: float32 ``[rows, 1]``."""
+    return torch.cat(list(over(_amax_by_channel, torch.split(matrix, _strip_rows(matrix)))))
+
+
+def _amax_by_channel(matrix: Tensor) -> Tensor:
     if _suits_kernels(matrix):
         return kernels.amax_of_tiles(matrix, (1, max(matrix.shape[1], 1)))
     low, high = torch.aminmax(matrix, dim=1, keepdim=True)
     return torch.maximum(-low, high).float()
 
 
-def amax_by_block(matrix: Tensor) -> Tensor:
+def amax_by_block(matrix: Tensor, over: Map = map) -> Tensor:
     """Largest absolute value of each 128 x 128 block of ``matrix``, those at its edges smaller.
 
     Args:
         matrix: ``[rows, columns]``, any floating dtype.
+        over: applied to strips of it.
 
     Returns:
         float32 ``[⌈rows/128⌉, ⌈columns/128⌉]``.
     """
+    return torch.cat(list(over(_amax_by_block, torch.split(matrix, _strip_rows(matrix)))))
+
+
+def _amax_by_block(matrix: Tensor) -> Tensor:
     if _suits_kernels(matrix):
         return kernels.amax_of_tiles(matrix, (BLOCK, BLOCK))
     strips = []
@@ -77,6 +97,11 @@ def amax_by_block(matrix: Tensor) -> Tensor:
         columns = torch.maximum(-low, high).float()
         strips.append(torch.stack([part.amax() for part in torch.split(columns, BLOCK)]))
     return torch.stack(strips)
+
+
+def _strip_rows(matrix: Tensor) -> int:
+    """Rows of a matrix that are worked on at a time: whole blocks."""
+    return max(_STRIP[matrix.device.type] // max(matrix.shape[1], 1) // BLOCK, 1) * BLOCK
 
 
 def _suits_kernels(tensor: Tensor) -> bool:
@@ -133,39 +158,52 @@ def quantize(tensor: Tensor, scale: Tensor) -> Tensor:
     return quantize_and_measure(tensor, scale)[0]
 
 
-def quantize_and_measure(tensor: Tensor, scale: Tensor) -> tuple[Tensor, RoundingError]:
-    """:func:`quantize`, and what it did to the tensor."""
+def quantize_and_measure(
+    tensor: Tensor, scale: Tensor, over: Map = map
+) -> tuple[Tensor, RoundingError]:
+    """:func:`quantize`, and what it did to the tensor; ``over`` is applied to strips of it."""
     codes = torch.empty(tensor.shape, dtype=E4M3, device=tensor.device)
-    # With one scale the shape does not matter.
-    shape = tuple(tensor.shape) if scale.ndim else (1, tensor.numel())
-    source, target = tensor.reshape(shape), codes.view(shape)
-    if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu":
-        by_row = not scale.ndim or tuple(scale.shape) == (shape[0], 1)
-        tile = (1, max(shape[1], 1)) if by_row else (BLOCK, BLOCK)
-        scales = scale if scale.ndim else scale.view(1, 1)
-        noise, signal, underflows = kernels.to_e4m3(source, scales, tile, target)
-    else:
-        noise, signal, underflows = _cast_in_chunks(source, scale, target)
+    sums = list(over(_cast, *zip(*_strips(tensor, scale, codes), strict=True)))
+    noise, signal = (math.fsum(part[kind] for part in sums) for kind in (0, 1))
+    underflows = sum(part[2] for part in sums)
     return codes, RoundingError(
         10 * math.log10(signal / noise) if noise else None, underflows / max(tensor.numel(), 1)
     )
 
 
-def _cast_in_chunks(source: Tensor, scale: Tensor, target: Tensor) -> tuple[float, float, int]:
+def _strips(
+    tensor: Tensor, scale: Tensor, codes: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Values, scale and codes of strips of a tensor, each a matrix; one strip at least."""
+    if scale.ndim:
+        height, rows = len(tensor), _strip_rows(tensor)
+        for top in range(0, max(height, 1), rows):
+            strip = slice(top, top + rows)
+            yield tensor[strip], rows_of(scale, top, rows, height), codes[strip]
+        return
+    # With one scale the shape does not matter.
+    size = _STRIP[tensor.device.type]
+    parts = torch.split(tensor.reshape(-1), size)
+    for part, place in zip(parts, torch.split(codes.view(-1), size), strict=True):
+        yield part.view(1, -1), scale, place.view(1, -1)
+
+
+def _cast(source: Tensor, scale: Tensor, target: Tensor) -> tuple[float, float, int]:
     """:func:`octavo.kernels.to_e4m3` for any dtype and device."""
-    sums = torch.zeros(3, dtype=torch.float64, device=source.device)
-    limit = _CHUNK[source.device.type]
-    # One row where there is one scale, else as many whole rows of blocks as fit.
-    rows = max(limit // max(source.shape[1], 1) // BLOCK, 1) * BLOCK
-    for top in range(0, source.shape[0], rows):
-        strip = slice(top, top + rows)
-        scales = spread(rows_of(scale, top, rows, source.shape[0]), source[strip].shape)
-        step = limit if not scale.ndim else max(source.shape[1], 1)
-        for start in range(0, source.shape[1], step):
-            part = slice(start, start + step)
-            sums += _cast(source[strip, part], scales, target[strip, part])
-    noise, signal, underflows = sums.tolist()
-    return noise, signal, int(underflows)
+    if _suits_kernels(source):
+        by_row = not scale.ndim or tuple(scale.shape) == (len(source), 1)
+        tile = (1, max(source.shape[1], 1)) if by_row else (BLOCK, BLOCK)
+        return kernels.to_e4m3(source, scale if scale.ndim else scale.view(1, 1), tile, target)
+    scale = spread(scale, source.shape)
+    work = (source.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX)
+    target.copy_(work)
+    nonzero = work.count_nonzero()
+    signal = (work * scale).square_().sum()
+    codes = target.float()
+    lost = nonzero - codes.count_nonzero()
+    noise = work.sub_(codes).mul_(scale).square_().sum()
+    noise_sum, signal_sum, underflows = torch.stack([noise, signal, lost]).double().tolist()
+    return noise_sum, signal_sum, int(underflows)
 
 
 def rows_of(scale: Tensor, top: int, rows: int, height: int) -> Tensor:
@@ -180,18 +218,6 @@ def rows_of(scale: Tensor, top: int, rows: int, height: int) -> Tensor:
     if not scale.ndim or scale.shape[0] == height:
         return scale[top : top + rows] if scale.ndim else scale
     return scale[top // BLOCK : -(-(top + rows) // BLOCK)]
-
-
-def _cast(source: Tensor, scale: Tensor, target: Tensor) -> Tensor:
-    """Write the codes of a piece; float64 sums of squared errors, of squared values, and underflows."""
-    work = (source.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX)
-    target.copy_(work)
-    nonzero = work.count_nonzero()
-    signal = (work * scale).square_().sum()
-    codes = target.float()
-    lost = nonzero - codes.count_nonzero()
-    noise = work.sub_(codes).mul_(scale).square_().sum()
-    return torch.stack([noise.double(), signal.double(), lost.double()])
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:

@@ -1,15 +1,13 @@
 """The main job: a checkpoint in, its FP8 edition out, one decoder layer at a time.
 
-A layer is read, run over the calibration tokens, folded into FP8, written and forgotten. While it
-computes, one thread reads the next layer and another writes the last one.
+What happens to the layers is in :mod:`octavo.stage`; here a run begins, goes on where an interrupted one
+stopped, and ends.
 """
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,20 +16,25 @@ import transformers
 from torch import Tensor
 
 from octavo import canonical
-from octavo.calibration import Calibration, CalibrationStream, load_tokens
+from octavo.calibration import (
+    BATCH_TOKENS,
+    Calibration,
+    CalibrationStream,
+    HiddenShape,
+    batch_sizes,
+    load_tokens,
+)
 from octavo.canonical import LayerPlan
-from octavo.checkpoint import Checkpoint, CheckpointWriter
+from octavo.checkpoint import CheckpointWriter, Journal, Workspace
 from octavo.checkpoint.hub import resolve_model
-from octavo.decoder import Decoder
-from octavo.edition import Edition
-from octavo.errors import OctavoError
-from octavo.formats import Dialect, Target, get_format
-from octavo.formats.dialect import without_quantization
-from octavo.fp8 import RoundingError
-from octavo.preflight import check_target, pick_device, refuse_quantized
+from octavo.job import Job, open_job
+from octavo.memory import LayerShape, Settings, choose_settings, peak_resident
+from octavo.preflight import check_target, pick_device
+from octavo.resumption import check_same
 from octavo.scheme import Scheme
+from octavo.stage import Stage, carry_rest
 from octavo.stopwatch import Stopwatch
-from octavo.transfer import carry_files, carry_tensors, meta
+from octavo.transfer import carry_files
 from octavo.version import __version__
 
 
@@ -41,37 +44,6 @@ class Progress(NamedTuple):
     done: int
     total: int
     tokens: int
-
-
-class _Statistics(NamedTuple):
-    """What a run finds out on the way, for the edition's record.
-
-    Attributes:
-        amax: of weights, inputs, keys and values, by name.
-        errors: what rounding did to each linear layer's weight.
-    """
-
-    amax: dict[str, float]
-    errors: dict[str, RoundingError]
-
-
-class _Job(NamedTuple):
-    """What every step of a run needs to know."""
-
-    source: Edition
-    decoder: Decoder
-    plans: list[LayerPlan]
-    dialect: Dialect
-    target: Target
-    clock: Stopwatch
-
-    @property
-    def scheme(self) -> Scheme:
-        return self.target.scheme
-
-    def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Canonical tensors to the dialect's."""
-        return self.dialect.encode(tensors, self.target)
 
 
 class QuantizeResult(NamedTuple):
@@ -113,7 +85,9 @@ def quantize(
     format: str = "modelopt",
     device: str = "auto",
     shard_size: int = 5_000_000_000,
+    max_memory: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> QuantizeResult:
     """Write the FP8 edition of a BF16, FP16 or FP32 checkpoint.
@@ -128,213 +102,206 @@ def quantize(
             scheme. One that has a single scale for what engines fuse merges the scales.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` (CUDA where there is one).
         shard_size: bytes of tensors in one file, at most.
-        overwrite: replace ``output`` if it exists.
+        max_memory: bytes of memory the process may take. Smaller batches round otherwise, so that a
+            limit may change the last bits of activation scales.
+        overwrite: replace ``output`` if it exists, and an interrupted run if there is one.
+        resume: go on with an interrupted run if there is one.
         on_progress: called after each decoder layer.
 
     Returns:
         Sizes, counts, times.
 
     Raises:
-        OctavoError: the input, an option or the disk does not allow it; nothing is left behind.
+        OctavoError: the input, an option or the disk does not allow it. After a mistake nothing is left
+            behind; after an interruption (a signal, a full disk), what can be resumed is.
     """
     clock = Stopwatch()
     scheme, calibration = scheme or Scheme(), calibration or Calibration()
-    with clock("open"):
-        dialect = get_format(format, scheme.kind)
-        if dialect.merges:
-            scheme = scheme.model_copy(update={"merge_scales": True})
-        source, target = resolve_model(model), Path(output)
-        check_target(source, target)
-        checkpoint = Checkpoint(source)
-        refuse_quantized(checkpoint)
-        decoder = Decoder(checkpoint, pick_device(device))
-        plans = [_plan_layer(decoder, index, scheme) for index in range(len(decoder.layers))]
-        written = Target(without_quantization(checkpoint.config), scheme)
-        job = _Job(Edition(checkpoint), decoder, plans, dialect, written, clock)
-        if not any(plan.linears for plan in plans):
-            raise OctavoError(
-                f"--exclude {' '.join(scheme.exclude)} leaves no linear layer to quantize. "
-                "Narrow the patterns."
+    with ExitStack() as stack:
+        with clock("open"):
+            source, target = resolve_model(model), Path(output)
+            check_target(source, target)
+            job = open_job(source, scheme, format, pick_device(device))
+            stack.callback(job.checkpoint.close)
+        with clock("tokenize"):
+            tokens = _load_tokens(job, calibration)
+        settings = _settings(job, tokens, max_memory)
+        with clock("reserve"):
+            kept = [name for plan in job.plans for name in plan.kept]
+            files = job.dialect.configs(job.target, kept)
+            layout = job.layout()
+            work = stack.enter_context(Workspace(target, overwrite=overwrite, resume=resume))
+            journal = stack.enter_context(Journal(work.journal, target))
+            stack.enter_context(_told(work, journal, len(job.plans)))
+            check_same(
+                journal,
+                {
+                    "model": source.resolve().name,
+                    "format": format,
+                    "scheme": job.scheme.model_dump(mode="json"),
+                    "calibration": calibration.model_dump(mode="json")
+                    if tokens is not None
+                    else None,
+                    "device": job.decoder.device.type,
+                    "shard size": shard_size,
+                    "tokens in a batch": settings.batch_tokens,
+                },
+                job.checkpoint,
+                tokens,
             )
-    with clock("tokenize"):
-        tokens = _load_tokens(scheme, calibration, decoder)
-        token_count = 0 if tokens is None else tokens.numel()
-    with clock("reserve"):
-        kept = [name for plan in plans for name in plan.kept]
-        files = dialect.configs(job.target, kept)
-        layout = _layout(job)
-        writer = CheckpointWriter(target, layout, shard_size=shard_size, overwrite=overwrite)
-    try:
-        with writer:
-            with clock("embed"):
-                calibrated = nullcontext() if tokens is None else CalibrationStream(decoder, tokens)
-            with calibrated as stream:
-                found = _run_layers(
-                    job,
-                    stream,
-                    writer,
-                    lambda done: on_progress(Progress(done, len(plans), token_count)),
-                )
-            with clock("finish"):
-                carry_files(source, writer)
-                for file, content in files.items():
-                    writer.write_json(file, content)
-                writer.write_json("octavo.json", _record(job, calibration, format, tokens, found))
-                writer.commit()
-    finally:
-        checkpoint.close()
+            writer = stack.enter_context(
+                CheckpointWriter(work, layout, shard_size=shard_size, digest=True)
+            )
+            stream = (
+                None
+                if tokens is None
+                else stack.enter_context(_open_stream(job, tokens, settings, work))
+            )
+        _run(job, stream, tokens, writer, journal, settings, clock, on_progress)
+        with clock("finish"):
+            carry_files(source, writer)
+            for file, content in files.items():
+                writer.write_json(file, content)
+            record = _record(
+                job, calibration, format, tokens, _statistics(job.plans, journal.records)
+            )
+            writer.write_json("octavo.json", record)
+            writer.commit()
     return QuantizeResult(
         output=str(target),
         format=format,
-        layers=len(plans),
-        linears=sum(len(plan.linears) for plan in plans),
+        layers=len(job.plans),
+        linears=sum(len(plan.linears) for plan in job.plans),
         tensors=len(layout),
-        tokens=token_count,
-        bytes_before=checkpoint.nbytes,
+        tokens=0 if tokens is None else tokens.numel(),
+        bytes_before=job.checkpoint.nbytes,
         bytes_after=sum(tensor.nbytes for tensor in layout.values()),
-        peak_memory=_peak_memory(),
+        peak_memory=peak_resident(),
         seconds=clock.seconds(),
         warnings=_warnings(job, calibration, tokens),
     )
 
 
-def _run_layers(
-    job: _Job,
+def _run(
+    job: Job,
     stream: CalibrationStream | None,
+    tokens: Tensor | None,
     writer: CheckpointWriter,
-    on_layer: Callable[[int], None],
-) -> _Statistics:
-    """Calibrate, quantize and write every layer, and carry the rest over."""
-    found = _Statistics({}, {})
-    with (
-        ThreadPoolExecutor(1, "octavo-write") as writes,
-        ThreadPoolExecutor(torch.get_num_threads(), "octavo-cast") as casts,
-        closing(_read_ahead(job)) as layers,
-    ):
-        # Each layer waits for the one before to be on disk, so at most two are held in memory.
-        written = writes.submit(_carry_rest, job, writer)
-        for index, tensors in layers:
-            plan = job.plans[index]
-            tensors = {name: tensor.to(job.decoder.device) for name, tensor in tensors.items()}
-            with job.clock("quantize"):
-                # Before the layer is run: a NaN is the weight's fault, not the activations'.
-                amax = casts.map(canonical.finite_amax, tensors.keys(), tensors.values())
-                weights = dict(zip(tensors, amax, strict=True))
-            activations: dict[str, Tensor] = {}
-            if stream is not None:
-                with job.clock("calibrate"):
-                    job.decoder.load(index, tensors)
-                    activations = stream.run(index, set(plan.linears))
-                    job.decoder.unload(index)
-            with job.clock("quantize"):
-                layer, errors = canonical.quantize_layer(
-                    plan, tensors, weights, activations, job.scheme, casts
-                )
-            with job.clock("wait for disk"):
-                written.result()
-            written = writes.submit(_write_all, writer, job.encode(layer))
-            found.amax.update(
-                {name: value.item() for name, value in (activations | weights).items()}
+    journal: Journal,
+    settings: Settings,
+    clock: Stopwatch,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    """All layers, and what is outside them, one layer to a pass."""
+    total, count = len(job.plans), 0 if tokens is None else tokens.numel()
+    with clock("carry"):
+        carry_rest(job, writer, journal)
+    stage = Stage(
+        job=job,
+        passes=[(index,) for index in range(total)],
+        stream=stream,
+        tokens=tokens,
+        keep_states=False,
+        writer=writer,
+        journal=journal,
+        read_ahead=settings.read_ahead,
+        clock=clock,
+    )
+    stage.run(lambda index: on_progress(Progress(index + 1, total, count)))
+
+
+@contextmanager
+def _told(work: Workspace, journal: Journal, total: int) -> Iterator[None]:
+    """Tell whoever is told of an interruption what is left, and how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        done = len({record["layer"] for record in journal.records if "layer" in record})
+        work.keep = any("pass" in record or "layer" in record for record in journal.records)
+        if work.keeps(error):
+            error.add_note(
+                f"{done} of {total} layers are finished and kept in {work.directory}: the same command with "
+                "--resume goes on from there."
             )
-            found.errors.update(errors)
-            on_layer(index + 1)
-        with job.clock("wait for disk"):
-            written.result()
-    return found
+        raise
 
 
-def _read_ahead(job: _Job) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
-    """Each layer's tensors, the next layer's being read meanwhile.
-
-    Two buffers take turns: a layer's tensors are valid until the next layer is asked for.
-    """
-    checkpoint, plans = job.source.checkpoint, job.plans
-
-    def size(plan: LayerPlan) -> int:
-        return sum(checkpoint[name].nbytes for name in plan.tensors)
-
-    def read(index: int) -> dict[str, Tensor]:
-        rest, tensors = buffers[index % 2], {}
-        # Wide dtypes first keeps every tensor aligned.
-        for name in sorted(plans[index].tensors, key=lambda name: -checkpoint[name].dtype.itemsize):
-            nbytes = checkpoint[name].nbytes
-            tensors[name] = checkpoint.read(name, rest[:nbytes])
-            rest = rest[nbytes:]
-        return tensors
-
-    largest = max(size(plan) for plan in plans)
-    buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(2, len(plans)))]
-    with ThreadPoolExecutor(1, "octavo-read") as reads:
-        upcoming = reads.submit(read, 0)
-        for index in range(len(plans)):
-            with job.clock("wait for disk"):
-                tensors = upcoming.result()
-            if index + 1 < len(plans):
-                upcoming = reads.submit(read, index + 1)
-            yield index, tensors
-
-
-def _write_all(writer: CheckpointWriter, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    # Now, while layers compute, rather than all at the end.
-    writer.sync()
-
-
-def _carry_rest(job: _Job, writer: CheckpointWriter) -> None:
-    """Carry over the tensors outside the decoder layers."""
-
-    def check(name: str, piece: Tensor) -> None:
-        if piece.dtype.is_floating_point:
-            canonical.finite_amax(name, piece)
-
-    names = _outside(job.source, job.plans)
-    carry_tensors(job.source, names, writer, job.encode, check)
-
-
-def _layout(job: _Job) -> dict[str, Tensor]:
-    """Every tensor of the edition as a meta tensor: embedding, decoder layers, the rest."""
-    source = {name: meta(job.source, name) for name in job.source}
-    first: dict[str, Tensor] = {}
-    last: dict[str, Tensor] = {}
-    for name in _outside(job.source, job.plans):
-        encoded = job.encode({name: source[name]})
-        (first if "embed" in name else last).update(encoded)
-    for plan in job.plans:
-        layer = canonical.layout_layer(plan, source, job.scheme)
-        first |= job.encode(layer)
-    return first | last
-
-
-def _plan_layer(decoder: Decoder, index: int, scheme: Scheme) -> LayerPlan:
-    linears = tuple(decoder.linears(index))
-    return LayerPlan(
-        tensors=tuple(decoder.tensor_names(index)),
-        linears=tuple(name for name in linears if not scheme.excludes(name)),
-        kept=tuple(name for name in linears if scheme.excludes(name)),
-        attention=tuple(name for name, _ in decoder.attention_blocks(index)),
+def _settings(job: Job, tokens: Tensor | None, max_memory: int | None) -> Settings:
+    sizes = [job.layer_bytes(index) for index in range(len(job.plans))]
+    largest = max(job.checkpoint[name].nbytes for plan in job.plans for name in plan.tensors)
+    itemsize = job.decoder.dtype.itemsize
+    return choose_settings(
+        LayerShape.of(job.decoder.config, max(sizes), largest // itemsize, itemsize),
+        max_memory,
+        BATCH_TOKENS[job.decoder.device.type],
+        seq_len=0 if tokens is None else tokens.shape[1],
+        cores=torch.get_num_threads(),
+        layers=len(sizes),
     )
 
 
-def _outside(source: Edition, plans: list[LayerPlan]) -> list[str]:
-    """Names of tensors that belong to no decoder layer."""
-    inside = {name for plan in plans for name in plan.tensors}
-    return [name for name in source if name not in inside]
+def _open_stream(
+    job: Job, tokens: Tensor, settings: Settings, work: Workspace
+) -> CalibrationStream:
+    samples, seq_len = tokens.shape
+    shape = HiddenShape(
+        batch_sizes(samples, seq_len, settings.batch_tokens),
+        seq_len,
+        job.decoder.config.hidden_size,
+        job.decoder.dtype,
+    )
+    return CalibrationStream(job.decoder, shape, work.directory, work.target)
 
 
-def _load_tokens(scheme: Scheme, calibration: Calibration, decoder: Decoder) -> Tensor | None:
-    if not scheme.needs_calibration:
+def _load_tokens(job: Job, calibration: Calibration) -> Tensor | None:
+    if not job.scheme.needs_calibration:
         return None
+    config = job.decoder.config
     return load_tokens(
         calibration,
-        decoder.checkpoint.directory,
-        vocab_size=decoder.config.vocab_size,
-        max_positions=decoder.config.max_position_embeddings,
+        job.checkpoint.directory,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+    )
+
+
+class _Statistics(NamedTuple):
+    """What a run found out on the way, for the edition's record.
+
+    Attributes:
+        amax: of weights, inputs, keys and values, by name.
+        errors: what rounding did to each linear layer's weight.
+    """
+
+    amax: dict[str, float]
+    errors: dict[str, Any]
+
+
+def _statistics(plans: Sequence[LayerPlan], records: Sequence[Mapping[str, Any]]) -> _Statistics:
+    """Those of a journal, in the order of the layers."""
+    amax: dict[str, float] = {}
+    errors: dict[str, Any] = {}
+    for record in records:
+        amax |= record.get("amax", {})
+        errors |= record.get("errors", {})
+    names = [
+        name
+        for plan in plans
+        for name in (
+            *plan.linears,
+            *(f"{block}.{kind}" for block in plan.attention for kind in ("k", "v")),
+            *plan.tensors,
+        )
+    ]
+    linears = [module for plan in plans for module in plan.linears]
+    return _Statistics(
+        {name: amax[name] for name in names if name in amax},
+        {module: errors[module] for module in linears},
     )
 
 
 def _record(
-    job: _Job,
+    job: Job,
     calibration: Calibration,
     format: str,
     tokens: Tensor | None,
@@ -358,11 +325,11 @@ def _record(
             "seq_len": tokens.shape[1],
         },
         "amax": found.amax,
-        "weights": {module: error._asdict() for module, error in found.errors.items()},
+        "weights": found.errors,
     }
 
 
-def _warnings(job: _Job, calibration: Calibration, tokens: Tensor | None) -> list[str]:
+def _warnings(job: Job, calibration: Calibration, tokens: Tensor | None) -> list[str]:
     found = []
     if tokens is not None and calibration.samples and len(tokens) < calibration.samples:
         found.append(
@@ -382,12 +349,3 @@ def _warnings(job: _Job, calibration: Calibration, tokens: Tensor | None) -> lis
                     "gate/up refuse a group of mixed precision."
                 )
     return found
-
-
-def _peak_memory() -> int:
-    """Peak resident memory of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Rather than getrusage, whose peak begins with that of the process this one came from.
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -597,6 +597,9 @@ def test_a_full_disk(call: str, place: Workplace, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, call, no_space)
     message = place.refused()
+    assert re.search(r"The disk that holds .* is full: .*[\d,]+ are free now", message)
+    if call == "pwritev":
+        return
     needed = re.search(r"out needs ([\d,]+) bytes", message)
     assert needed
     # The embedding and lm_head stay in BF16: at least their bytes, and less than the input's.
@@ -648,15 +651,33 @@ def test_the_program_exits_with_2(place: Workplace) -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
-def test_a_signal_leaves_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
+def test_a_signal_leaves_what_can_be_resumed(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
     model = tiny.build("llama", tmp_path / "model", layers=48)
     ids = tiny.save_ids(tmp_path / "ids.npy", samples=3000, seq_len=128)
-    before = tiny.contents(tmp_path)
     process = octavo("quantize", model, "-o", tmp_path / "out", "--calib", ids)
-    while not any(tmp_path.glob(".out.partial-*")) and process.poll() is None:
+    journal = tmp_path / ".out.octavo" / "journal"
+    while not (journal.exists() and b'"layer"' in journal.read_bytes()) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
+    assert re.search(r"error: interrupted; \d+ of 48 layers are finished .*--resume", stderr)
+    assert journal.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_before_anything_is_finished_leaves_nothing(tmp_path: Path) -> None:
+    model = tiny.build("llama", tmp_path / "model", layers=1)
+    ids = tiny.save_ids(tmp_path / "ids.npy", samples=30000, seq_len=128)
+    before = tiny.contents(tmp_path)
+    process = octavo("quantize", model, "-o", tmp_path / "out", "--calib", ids)
+    while not (tmp_path / ".out.octavo" / "hidden-1").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert stderr.splitlines()[-1] == "error: interrupted; nothing is left behind."
     assert tiny.contents(tmp_path) == before

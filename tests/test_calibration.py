@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 import tiny
 from octavo import kernels
-from octavo.calibration import Calibration, CalibrationStream, load_tokens
+from octavo.calibration import (
+    Calibration,
+    CalibrationStream,
+    HiddenShape,
+    batch_sizes,
+    load_tokens,
+)
 from octavo.checkpoint import Checkpoint
 from octavo.decoder import Decoder
 from octavo.fused import fused_kernels, tensor_amax
@@ -27,18 +34,31 @@ from reference import whole
 CPU = torch.device("cpu")
 
 
-def streamed(model: Path, tokens: Tensor) -> dict[str, float]:
-    """Octavo's statistics of every layer."""
+def streamed(
+    model: Path, tokens: Tensor, *, batch: int = 1024, together: int = 1
+) -> dict[str, float]:
+    """Octavo's statistics of every layer, ``together`` layers to a pass."""
     checkpoint = Checkpoint(model)
     decoder = Decoder(checkpoint, CPU)
     found: dict[str, float] = {}
-    with CalibrationStream(decoder, tokens) as stream:
-        for index in range(len(decoder.layers)):
-            names = decoder.tensor_names(index)
-            decoder.load(index, {name: checkpoint.read(name) for name in names})
-            maxima = stream.run(index, set(decoder.linears(index)))
+    batches = batch_sizes(len(tokens), tokens.shape[1], batch)
+    shape = HiddenShape(batches, tokens.shape[1], decoder.config.hidden_size, decoder.dtype)
+    with (
+        TemporaryDirectory() as scratch,
+        CalibrationStream(decoder, shape, Path(scratch), Path(scratch)) as stream,
+    ):
+        stream.embed(tokens)
+        layers = list(range(len(decoder.layers)))
+        passes = [layers[start : start + together] for start in range(0, len(layers), together)]
+        for number, indices in enumerate(passes):
+            for index in indices:
+                names = decoder.tensor_names(index)
+                decoder.load(index, {name: checkpoint.read(name) for name in names})
+            watched = {name for index in indices for name in decoder.linears(index)}
+            maxima = stream.run(number, indices, watched, last=number + 1 == len(passes))
             found |= {name: value.item() for name, value in maxima.items()}
-            decoder.unload(index)
+            for index in indices:
+                decoder.unload(index)
     checkpoint.close()
     return found
 
@@ -84,17 +104,23 @@ def test_streamed_statistics_are_those_of_the_whole_model(
         assert ours[name] == pytest.approx(value, rel=tolerance), name
 
 
-def test_a_batch_of_its_own_for_each_thread_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from octavo.calibration import stream
-
-    model = tiny.build("llama", tmp_path / "model", dtype=torch.float32)
+def test_neither_batches_nor_passes_change_anything(tmp_path: Path) -> None:
+    model = tiny.build("llama", tmp_path / "model", layers=3, dtype=torch.float32)
     tokens = torch.randint(tiny.VOCAB_SIZE, (7, 16), generator=torch.Generator().manual_seed(1))
     at_once = streamed(model, tokens)
-    monkeypatch.setitem(stream._BATCH_TOKENS, "cpu", 32)
-    in_batches = streamed(model, tokens)
-    assert in_batches == pytest.approx(at_once, rel=1e-5)
+    assert streamed(model, tokens, batch=32) == pytest.approx(at_once, rel=1e-5)
+    # The same products of the same numbers: equal to the last bit.
+    assert streamed(model, tokens, together=2) == at_once
+
+
+@pytest.mark.parametrize(
+    ("samples", "seq_len", "tokens"), [(1, 7, 100), (5, 7, 14), (128, 512, 1024)]
+)
+def test_batches_are_equal_and_take_all_samples(samples: int, seq_len: int, tokens: int) -> None:
+    batches = batch_sizes(samples, seq_len, tokens)
+    assert sum(batches) == samples
+    assert max(batches) - min(batches) <= 1
+    assert max(batches) * seq_len <= max(tokens, seq_len)
 
 
 bf16_arrays = st.integers(0, 2**32 - 1)
@@ -180,7 +206,8 @@ def test_fused_kernels_stand_in_only_inside_the_context(
     checkpoint = Checkpoint(tiny.build(kind, tmp_path / "model"))
     decoder = Decoder(checkpoint, CPU)
     layer = decoder.load(0, {name: checkpoint.read(name) for name in decoder.tensor_names(0)})
-    hidden, kwargs = decoder.embed(torch.arange(12).reshape(1, 12), batch=1)
+    (hidden,) = decoder.embed([torch.arange(12).reshape(1, 12)])
+    kwargs = decoder.call_arguments(12)
     with torch.inference_mode(), spied(monkeypatch) as called:
         plain = layer(hidden, **kwargs[0])
         assert called == []

@@ -140,7 +140,7 @@ def test_dequantize_broadcasts_a_scale_for_each_row() -> None:
 def test_quantize_any_layout_in_chunks(
     chunk: int, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fp8._CHUNK, "cpu", chunk)
+    monkeypatch.setitem(fp8._STRIP, "cpu", chunk)
     values = torch.linspace(-500, 500, 45).reshape(5, 9)
     tensor = {
         "contiguous": values,

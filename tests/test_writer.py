@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from octavo.checkpoint import CheckpointWriter
+from octavo.checkpoint import CheckpointWriter, Workspace
 from octavo.checkpoint.safetensors import DTYPES
 from octavo.checkpoint.writer import split_into_shards
 from octavo.errors import OctavoError
@@ -49,6 +50,18 @@ def layout_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
+@contextmanager
+def writing(
+    target: Path, layout: dict[str, Tensor], *, shard_size: int, overwrite: bool = False
+) -> Iterator[CheckpointWriter]:
+    """A writer of ``target``."""
+    with (
+        Workspace(target, overwrite=overwrite) as work,
+        CheckpointWriter(work, layout, shard_size=shard_size) as writer,
+    ):
+        yield writer
+
+
 def write(
     target: Path,
     tensors: dict[str, Tensor] = TENSORS,
@@ -58,7 +71,7 @@ def write(
 ) -> Path:
     """Write and commit ``tensors``, last one first: any order must do."""
     layout = layout_of(tensors)
-    with CheckpointWriter(target, layout, shard_size=shard_size, overwrite=overwrite) as writer:
+    with writing(target, layout, shard_size=shard_size, overwrite=overwrite) as writer:
         for name in reversed(tensors):
             writer.write(name, tensors[name])
         writer.commit()
@@ -144,7 +157,7 @@ def test_transformers_loads_the_shards(tiny_llama: Path, tmp_path: Path) -> None
 def test_a_tensor_may_be_written_in_pieces(tmp_path: Path) -> None:
     data = torch.arange(10, dtype=torch.uint8)
     layout = layout_of({"ids": data})
-    with CheckpointWriter(tmp_path / "out", layout, shard_size=100) as writer:
+    with writing(tmp_path / "out", layout, shard_size=100) as writer:
         writer.write_bytes("ids", 6, data[6:])
         writer.write_bytes("ids", 0, data[:6])
         writer.finish("ids")
@@ -158,14 +171,14 @@ def test_a_tensor_may_be_written_in_pieces(tmp_path: Path) -> None:
 def test_a_tensor_unlike_its_layout_is_refused(tensor: Tensor, tmp_path: Path) -> None:
     layout = layout_of(TENSORS)
     with (
-        CheckpointWriter(tmp_path / "out", layout, shard_size=100) as writer,
+        writing(tmp_path / "out", layout, shard_size=100) as writer,
         pytest.raises(ValueError, match=r"lm_head\.weight"),
     ):
         writer.write("lm_head.weight", tensor)
 
 
 def test_an_unfinished_checkpoint_is_never_committed(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out", layout_of(TENSORS), shard_size=100) as writer:
+    with writing(tmp_path / "out", layout_of(TENSORS), shard_size=100) as writer:
         writer.write("lm_head.weight", TENSORS["lm_head.weight"])
         with pytest.raises(RuntimeError, match="never written"):
             writer.commit()
@@ -177,7 +190,7 @@ def test_nothing_is_left_when_the_context_is_left_by(
     kind: type[BaseException], tmp_path: Path
 ) -> None:
     def fail() -> None:
-        with CheckpointWriter(tmp_path / "out", layout_of(TENSORS), shard_size=100) as writer:
+        with writing(tmp_path / "out", layout_of(TENSORS), shard_size=100) as writer:
             writer.write("lm_head.weight", TENSORS["lm_head.weight"])
             assert tiny.contents(tmp_path)
             raise kind
@@ -223,27 +236,27 @@ class TestExistingTarget:
         assert {path.name for path in target.parent.iterdir()} == {"out", "link"}
 
     def test_survives_a_failed_swap(self, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        rename: Callable[[Path, Path], Path] = Path.rename
+        rename: Callable[[Path, Path], None] = os.rename
         before = tiny.contents(target.parent)
 
-        def rename_or_fail(self: Path, to: Path) -> Path:
-            if "partial" in self.name:
+        def rename_or_fail(path: Path, to: Path) -> None:
+            if path.name == "edition":
                 raise OSError(errno.EIO, "Input/output error")
-            return rename(self, to)
+            rename(path, to)
 
-        monkeypatch.setattr(Path, "rename", rename_or_fail)
+        monkeypatch.setattr(os, "rename", rename_or_fail)
         with pytest.raises(OctavoError, match="Input/output error"):
             write(target, overwrite=True)
         assert tiny.contents(target.parent) == before
 
     def test_survives_an_error_before_the_swap(self, target: Path) -> None:
         before = tiny.contents(target.parent)
-        with CheckpointWriter(target, layout_of(TENSORS), shard_size=100, overwrite=True):
+        with writing(target, layout_of(TENSORS), shard_size=100, overwrite=True):
             pass
         assert tiny.contents(target.parent) == before
 
     def test_is_refused_even_if_it_appeared_meanwhile(self, tmp_path: Path) -> None:
-        with CheckpointWriter(tmp_path / "out", {}, shard_size=100) as writer:
+        with writing(tmp_path / "out", {}, shard_size=100) as writer:
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "theirs").write_text("precious")
             with pytest.raises(OctavoError, match="out"):

@@ -1,6 +1,14 @@
 """Text → tokens → layer inputs → statistics, streamed layer by layer."""
 
-from octavo.calibration.stream import CalibrationStream
+from octavo.calibration.hidden import HiddenShape, batch_sizes
+from octavo.calibration.stream import BATCH_TOKENS, CalibrationStream
 from octavo.calibration.tokens import Calibration, load_tokens
 
-__all__ = ["Calibration", "CalibrationStream", "load_tokens"]
+__all__ = [
+    "BATCH_TOKENS",
+    "Calibration",
+    "CalibrationStream",
+    "HiddenShape",
+    "batch_sizes",
+    "load_tokens",
+]

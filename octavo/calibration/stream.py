@@ -1,13 +1,17 @@
-"""Hidden states on their way through the decoder, one layer at a time."""
+"""Hidden states on their way through the decoder, some layers at a time."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from octavo.calibration.hidden import HiddenShape, HiddenStates
 from octavo.calibration.observers import AmaxObserver
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
@@ -15,53 +19,93 @@ from octavo.fused import fused_kernels
 
 # Tokens computed at a time: enough to keep matrix products efficient, few enough that the
 # activations of a batch stay small.
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+
+# How often the hidden states of one pass are brought to the disk while it computes, so that little is left
+# to wait for at its end.
+_SYNCS = 4
 
 
 class CalibrationStream:
-    """The calibration samples' hidden states in front of the next decoder layer.
+    """The calibration samples' hidden states between decoder layers.
 
-    They belong to the unquantized model: every layer computes with its original weights. A context
-    manager: on a CPU it holds a pool of threads.
+    They belong to the unquantized model: every layer computes with its original weights. Two files take
+    turns: a pass reads one and writes the other. A context manager: it holds the files, and threads.
     """
 
-    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        shape: HiddenShape,
+        directory: Path,
+        target: Path,
+        *,
+        source: Callable[[int], Tensor] | None = None,
+    ) -> None:
         """
         Args:
             decoder: whose layers will be run.
-            tokens: int64 ``[samples, seq_len]``.
+            shape: of the hidden states.
+            directory: where the files are, those of an interrupted run or new ones.
+            target: the output they are for, named in errors.
+            source: gives the batches that go into the first pass, in the place of :meth:`embed`.
         """
-        self._decoder = decoder
-        batch = max(1, _BATCH_TOKENS[decoder.device.type] // tokens.shape[1])
-        hidden, self._kwargs = decoder.embed(tokens, batch)
-        # A multiple of four batches of equal size, so that no core of a few waits for a last one.
-        # Not of the number of cores: results should not depend on that.
-        self._batches = torch.tensor_split(
-            hidden, min(-(-len(tokens) // (4 * batch)) * 4, len(tokens))
-        )
+        self._decoder, self._source = decoder, source
+        self._states = [HiddenStates(directory / f"hidden-{n}", shape, target) for n in (0, 1)]
+        self._kwargs = decoder.call_arguments(shape.seq_len)
         # On a CPU each core works on a batch of its own: no operation waits for another thread,
         # those that PyTorch does not parallelize run in parallel too, and a core that is busy
-        # elsewhere delays one batch instead of every operation.
+        # elsewhere delays one batch instead of every operation. On a GPU one batch is copied while
+        # another is computed.
         self._threads = threads = torch.get_num_threads()
-        workers = min(threads, len(self._batches)) if decoder.device.type == "cpu" else 1
+        workers = min(threads if decoder.device.type == "cpu" else 2, len(shape.batches))
         self._pool = ThreadPoolExecutor(
-            workers, "octavo-layer", lambda: torch.set_num_threads(threads // workers)
+            workers, "octavo-layer", lambda: torch.set_num_threads(max(threads // workers, 1))
         )
+        self._disk = ThreadPoolExecutor(1, "octavo-hidden")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
+        self._disk.shutdown(cancel_futures=True)
+        for states in self._states:
+            states.close()
         # A thread's number of threads is also the default of threads to come.
         torch.set_num_threads(self._threads)
 
-    def run(self, index: int, watched: set[str]) -> dict[str, Tensor]:
-        """Move the hidden states through decoder layer ``index``, which must be loaded.
+    def embed(self, tokens: Tensor) -> None:
+        """Fill the place in front of the first pass.
 
         Args:
-            index: the layer; layers are run in order.
+            tokens: int64 ``[samples, seq_len]``.
+        """
+        batches = torch.split(tokens, list(self._states[0].shape.batches))
+        for index, hidden in enumerate(self._decoder.embed(batches)):
+            self._states[0].write(index, hidden.cpu())
+
+    def states(self, place: int) -> HiddenStates:
+        """The hidden states behind pass number ``place - 1`` and in front of number ``place``."""
+        return self._states[place % 2]
+
+    def run(
+        self,
+        place: int,
+        layers: Sequence[int],
+        watched: set[str],
+        *,
+        last: bool,
+        on_batch: Callable[[int], None] = lambda _: None,
+    ) -> dict[str, Tensor]:
+        """Move the hidden states through decoder layers, which must be loaded.
+
+        Args:
+            place: number of the pass.
+            layers: the layers, in order.
             watched: linear layers whose inputs are measured.
+            last: nothing comes after it, so what the last layer returns is dropped.
+            on_batch: called with the number of each batch that has been written.
 
         Returns:
             Amax as float32 scalars: for each watched linear under its name, and for each attention
@@ -70,15 +114,49 @@ class CalibrationStream:
         Raises:
             OctavoError: an activation is NaN or infinite.
         """
-        layer = self._decoder.layers[index]
-        with AmaxObserver() as observer, fused_kernels(layer):
-            for name, linear in self._decoder.linears(index).items():
-                if name in watched:
-                    observer.watch_input(name, linear)
-            for name, block in self._decoder.attention_blocks(index):
-                observer.watch_key_value(f"{name}.k", f"{name}.v", block.kv_cache)
-            self._forward(layer, self._kwargs[index])
-        maxima = observer.result()
+        modules = [self._decoder.layers[index] for index in layers]
+        source = self._source if self._source and not place else self.states(place).read
+        target = self.states(place + 1)
+        device = self._decoder.device
+
+        @torch.inference_mode()
+        def step(index: int) -> None:
+            with _own_stream(device):
+                hidden = source(index).to(device, non_blocking=True)
+                for module, number in zip(modules, layers, strict=True):
+                    hidden = module(hidden, **self._kwargs[number])
+                if not last:
+                    target.write(index, hidden.cpu())
+            on_batch(index)
+
+        with ExitStack() as contexts:
+            observer = contexts.enter_context(AmaxObserver())
+            for module in modules:
+                contexts.enter_context(fused_kernels(module))
+            for number in layers:
+                self._watch(observer, number, watched)
+            self._all_batches(step, target, last)
+            maxima = observer.result()
+        self._check(maxima)
+        return maxima
+
+    def _all_batches(self, step: Callable[[int], None], target: HiddenStates, last: bool) -> None:
+        count = len(target.shape.batches)
+        syncs: list[Future[None]] = []
+        for done, _ in enumerate(self._pool.map(step, range(count)), start=1):
+            if not last and done < count and done * _SYNCS // count > len(syncs):
+                syncs.append(self._disk.submit(target.sync))
+        for sync in syncs:
+            sync.result()
+
+    def _watch(self, observer: AmaxObserver, index: int, watched: set[str]) -> None:
+        for name, linear in self._decoder.linears(index).items():
+            if name in watched:
+                observer.watch_input(name, linear)
+        for name, block in self._decoder.attention_blocks(index):
+            observer.watch_key_value(f"{name}.k", f"{name}.v", block.kv_cache)
+
+    def _check(self, maxima: dict[str, Tensor]) -> None:
         for name, value in maxima.items():
             if not value.isfinite():
                 raise OctavoError(
@@ -86,13 +164,17 @@ class CalibrationStream:
                     f"in {self._decoder.dtype} on this text. Check the checkpoint with another tool, "
                     "or convert it to bfloat16."
                 )
-        return maxima
 
-    def _forward(self, layer: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Replace the hidden states by the layer's output, batch by batch."""
 
-        @torch.inference_mode()
-        def step(hidden: Tensor) -> None:
-            hidden.copy_(layer(hidden, **kwargs))
-
-        list(self._pool.map(step, self._batches))
+@contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, a stream for the calling thread's batch; all of it is done at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    new: Any = torch.cuda.Stream  # has no types
+    stream = new(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

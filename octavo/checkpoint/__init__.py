@@ -1,7 +1,18 @@
-"""Bytes on disk: a lazy, sharded safetensors reader and an atomic, sharded writer."""
+"""Bytes on disk: a lazy, sharded safetensors reader, and a sharded writer that never leaves half a
+checkpoint behind."""
 
+from octavo.checkpoint.journal import Journal
 from octavo.checkpoint.reader import Checkpoint, read_json
 from octavo.checkpoint.safetensors import Entry
+from octavo.checkpoint.workspace import Workspace
 from octavo.checkpoint.writer import CheckpointWriter, Layout
 
-__all__ = ["Checkpoint", "CheckpointWriter", "Entry", "Layout", "read_json"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "Entry",
+    "Journal",
+    "Layout",
+    "Workspace",
+    "read_json",
+]

@@ -1,32 +1,34 @@
-"""A checkpoint directory that exists whole or not at all.
+"""The files of a checkpoint, written in any order.
 
 All names, dtypes and shapes are known before the first byte is written, so the shards are laid
-out first, their space is reserved, and every tensor is then written to its own place, in any order.
-Everything goes into a directory beside the target, which is synced and renamed at the end.
+out first, their space is reserved, and every tensor is then written to its own place.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
+import xxhash
 from torch import Tensor
 
+from octavo.checkpoint.disk import explained, sync, write_at, write_file
 from octavo.checkpoint.reader import INDEX_NAME, RANK_NAME, SINGLE_NAME
 from octavo.checkpoint.safetensors import Entry, build_header
-from octavo.errors import OctavoError
+from octavo.checkpoint.workspace import Workspace
 
 Layout = Mapping[str, Tensor]
 """What will be written: for each name a tensor on the meta device, in the model's order."""
+
+_PIECE = 4 << 20
 
 
 def split_into_shards(layout: Layout, shard_size: int) -> list[list[str]]:
@@ -65,50 +67,58 @@ def name_shards(layout: Layout, shard_size: int) -> dict[str, list[str]]:
     }
 
 
+class _Shard(NamedTuple):
+    """A file: its size, its header, and where its tensors go, by their names in the layout."""
+
+    size: int
+    header: bytes
+    entries: dict[str, Entry]
+
+
 class CheckpointWriter:
     """Writes the shards, index and small files of one checkpoint; a context manager.
 
-    Leaving the context without :meth:`commit` removes everything.
+    Attributes:
+        nbytes: bytes of all shards.
+        digests: the xxh3_128 of each finished tensor's bytes, in hexadecimal, where it was asked for.
     """
 
     def __init__(
-        self,
-        target: Path,
-        layout: Layout,
-        *,
-        shard_size: int,
-        overwrite: bool = False,
+        self, work: Workspace, layout: Layout, *, shard_size: int, digest: bool = False
     ) -> None:
-        """
+        """Create the shards and reserve their space, or open those of an interrupted run.
+
         Args:
-            target: the directory to create.
+            work: where.
             layout: every tensor that will be written.
             shard_size: bytes of tensors in one file, at most (unless one tensor is larger).
-            overwrite: replace ``target`` if it exists.
+            digest: keep digests, for which each tensor must be written from its start to its end.
 
         Raises:
-            OctavoError: ``target`` exists, or cannot be created.
+            WriteError: the space is not there, or nothing can be written here.
         """
-        self._overwrite = overwrite
-        self.target = target
-        self._refuse_existing()
-        self.partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-        self.nbytes = 0
+        self._work = work
         self._places: dict[str, tuple[int, Entry]] = {}
         self._pending = set(layout)
+        self.digests: dict[str, str] = {}
+        self._hashers: dict[str, Any] | None = {} if digest else None
         # Tensors of several layers may arrive from several threads.
         self._lock = threading.Lock()
         self._descriptors: list[int] = []
-        self._new_parents = [path for path in target.parents if not path.exists()]
+        plans = _plan_shards(layout, shard_size)
+        self.nbytes = sum(size for size, _, _ in plans.values())
         with self._explained():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.mkdir()
-        try:
-            with self._explained():
-                self._create_shards(layout, shard_size)
-        except BaseException:
-            self.abandon()
-            raise
+            try:
+                for file, plan in plans.items():
+                    self._create_shard(work.edition / file, *plan)
+            except BaseException:
+                self._close()
+                if not work.resumed:
+                    # Before the error tells how much is free.
+                    for file in plans:
+                        (work.edition / file).unlink(missing_ok=True)
+                raise
+        self._write_index(layout, plans)
 
     def __enter__(self) -> Self:
         return self
@@ -119,7 +129,7 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.abandon()
+        self._close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a whole tensor.
@@ -139,19 +149,36 @@ class CheckpointWriter:
     def write_bytes(self, name: str, offset: int, data: Tensor) -> None:
         """Write part of a tensor: uint8 ``data``, ``offset`` bytes from the tensor's start."""
         descriptor, place = self._places[name]
-        view = data.numpy().data
         position = place.start + offset
-        if position + len(view) > place.end:
+        if position + len(data) > place.end:
             raise ValueError(f"{name}: write beyond the tensor's {place.nbytes} bytes")
         with self._explained():
-            while view:
-                count = os.pwritev(descriptor, [view], position)
-                view, position = view[count:], position + count
+            write_at(descriptor, data.numpy().data, position)
+        if self._hashers is not None:
+            self._hashers.setdefault(name, xxhash.xxh3_128()).update(data.numpy().data)
 
     def finish(self, name: str) -> None:
         """Declare that every byte of tensor ``name`` has been written."""
         with self._lock:
-            self._pending.remove(name)
+            self._pending.discard(name)
+            if self._hashers is not None:
+                self.digests[name] = self._hashers.pop(name, xxhash.xxh3_128()).hexdigest()
+
+    def holds(self, name: str, digest: str) -> bool:
+        """Whether tensor ``name`` is on disk with this digest; if so, it is finished."""
+        descriptor, place = self._places[name]
+        hasher, position = xxhash.xxh3_128(), place.start
+        while position < place.end:
+            piece = os.pread(descriptor, min(_PIECE, place.end - position), position)
+            if not piece:
+                return False
+            hasher.update(piece)
+            position += len(piece)
+        if hasher.hexdigest() != digest:
+            return False
+        with self._lock:
+            self._pending.discard(name)
+        return True
 
     def sync(self) -> None:
         """Bring what has been written so far to the disk."""
@@ -161,124 +188,65 @@ class CheckpointWriter:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a small JSON file beside the shards."""
+        content = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         with self._explained():
-            (self.partial / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            write_file(self._work.edition / name, content.encode())
 
     def copy(self, source: Path) -> None:
         """Copy a small file, keeping its name."""
         with self._explained():
-            shutil.copyfile(source, self.partial / source.name)
+            shutil.copyfile(source, self._work.edition / source.name)
 
     def commit(self) -> None:
         """Sync everything to disk and move it into the target's place."""
         if self._pending:
             raise RuntimeError(f"tensors never written: {sorted(self._pending)[:3]} …")
-        with self._explained():
-            for descriptor in self._descriptors:
-                os.fsync(descriptor)
-            self._close()
-            for path in self.partial.iterdir():
-                _sync(path)
-            _sync(self.partial)
-            self._swap()
-            _sync(self.target.parent)
-
-    def abandon(self) -> None:
-        """Remove what has not been committed."""
         self._close()
-        shutil.rmtree(self.partial, ignore_errors=True)
-        with suppress(OSError):  # the first that is not empty ends it
-            for path in self._new_parents:
-                path.rmdir()
+        with self._explained():
+            for path in self._work.edition.iterdir():
+                sync(path)
+        self._work.publish()
 
-    def _swap(self) -> None:
-        """Rename into place; what was there before is removed only after that succeeded."""
-        self._refuse_existing()
-        old = self.target.parent / f".{self.target.name}.old-{os.getpid()}"
-        with suppress(FileNotFoundError):
-            self.target.rename(old)
-        try:
-            self.partial.rename(self.target)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                old.rename(self.target)
-            raise
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        else:
-            # A link is replaced, what it leads to stays.
-            old.unlink(missing_ok=True)
-
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self.target) and not self._overwrite:
-            raise OctavoError(
-                f"{self.target} already exists. Choose another output directory, "
-                "or pass --overwrite to replace it."
-            )
-
-    def _create_shards(self, layout: Layout, shard_size: int) -> None:
-        files = name_shards(layout, shard_size)
-        plans: list[tuple[Path, bytes, dict[str, Entry]]] = []
-        for file, names in files.items():
-            # Wide dtypes first, so that every tensor is aligned to its element size.
-            ordered = sorted(names, key=lambda name: -layout[name].itemsize)
-            header, entries = build_header(
-                (name_in_file(name), layout[name].dtype, tuple(layout[name].shape))
-                for name in ordered
-            )
-            places = dict(zip(ordered, entries.values(), strict=True))
-            plans.append((self.partial / file, header, places))
-        self.nbytes = sum(
-            max((entry.end for entry in entries.values()), default=len(header))
-            for _, header, entries in plans
-        )
-        for path, header, entries in plans:
-            self._create_shard(path, header, entries)
-        weight_map = {name: file for file, names in files.items() for name in names}
-        if len(files) > 1 and all(name_in_file(name) == name for name in layout):
-            total = sum(tensor.nbytes for tensor in layout.values())
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {name: weight_map[name] for name in layout},
-            }
-            self.write_json(INDEX_NAME, index)
-
-    def _create_shard(self, path: Path, header: bytes, entries: Mapping[str, Entry]) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    def _create_shard(
+        self, path: Path, size: int, header: bytes, entries: Mapping[str, Entry]
+    ) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._descriptors.append(descriptor)
-        size = max((entry.end for entry in entries.values()), default=len(header))
         # Reserving the space now turns a disk that is too small into an error at the start.
         os.posix_fallocate(descriptor, 0, size)
-        os.pwrite(descriptor, header, 0)
+        os.ftruncate(descriptor, size)
+        write_at(descriptor, memoryview(header), 0)
         self._places |= {name: (descriptor, entry) for name, entry in entries.items()}
+
+    def _write_index(self, layout: Layout, plans: Mapping[str, _Shard]) -> None:
+        if len(plans) == 1 or any(name_in_file(name) != name for name in layout):
+            return
+        files = {name: file for file, shard in plans.items() for name in shard.entries}
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in layout.values())},
+            "weight_map": {name: files[name] for name in layout},
+        }
+        self.write_json(INDEX_NAME, index)
 
     def _close(self) -> None:
         while self._descriptors:
-            os.close(self._descriptors.pop())
+            with suppress(OSError):  # what matters has been synced, and fails there
+                os.close(self._descriptors.pop())
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn the operating system's refusals into errors a user can act on."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self.abandon()
-                where = next(path for path in self.target.absolute().parents if path.exists())
-                raise OctavoError(
-                    f"The disk that holds {where} is full: {self.target} needs {self.nbytes:,} bytes, "
-                    f"{shutil.disk_usage(where).free:,} are free now. The partial output has been "
-                    "removed. Free some space, or choose an output on another disk."
-                ) from error
-            raise OctavoError(
-                f"Cannot write {self.target}: {error.strerror or error} "
-                f"({error.filename or self.target.parent}). Choose an output directory that can be written."
-            ) from error
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self._work.target, self.nbytes)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _plan_shards(layout: Layout, shard_size: int) -> dict[str, _Shard]:
+    """What goes to each file."""
+    plans: dict[str, _Shard] = {}
+    for file, names in name_shards(layout, shard_size).items():
+        # Wide dtypes first, so that every tensor is aligned to its element size.
+        ordered = sorted(names, key=lambda name: -layout[name].itemsize)
+        header, entries = build_header(
+            (name_in_file(name), layout[name].dtype, tuple(layout[name].shape)) for name in ordered
+        )
+        places = dict(zip(ordered, entries.values(), strict=True))
+        size = max((entry.end for entry in places.values()), default=len(header))
+        plans[file] = _Shard(size, header, places)
+    return plans

@@ -29,6 +29,10 @@ app = typer.Typer(
 )
 
 
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that everything on the way out cleans up."""
+
+
 def command(
     name: str | None = None, *, after_interrupt: str = "nothing is left behind"
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -36,7 +40,7 @@ def command(
 
     Args:
         name: what users type; the function's name, with dashes, by default.
-        after_interrupt: what a user who pressed Ctrl-C should know.
+        after_interrupt: what a user who pressed Ctrl-C should know, unless the exception has notes.
     """
 
     def register(function: Callable[P, T]) -> Callable[P, T]:
@@ -45,23 +49,31 @@ def command(
             try:
                 return function(*args, **kwargs)
             except OctavoError as error:
-                say("red", "error", str(error))
+                say("red", "error", _paragraph(str(error), error))
                 raise typer.Exit(2) from None
             except OSError as error:
-                say(
-                    "red",
-                    "error",
-                    f"{error.strerror or error}: {error.filename or 'no file named'}",
-                )
+                what = f"{error.strerror or error}: {error.filename or 'no file named'}"
+                say("red", "error", _paragraph(what, error))
                 raise typer.Exit(1) from None
-            except KeyboardInterrupt:
-                say("red", "error", f"interrupted; {after_interrupt}.")
-                raise typer.Exit(130) from None
+            except (KeyboardInterrupt, Terminated) as error:
+                left = " ".join(_notes(error)) or f"{after_interrupt}."
+                say("red", "error", f"interrupted; {left}")
+                number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+                raise typer.Exit(128 + number) from None
 
         app.command(name)(run)
         return run
 
     return register
+
+
+def _paragraph(message: str, error: BaseException) -> str:
+    """A message and the error's notes."""
+    return " ".join([message, *_notes(error)])
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 @app.callback(invoke_without_command=True)
@@ -95,5 +107,4 @@ def say(color: str, kind: str, message: str) -> None:
 
 
 def _terminate(*_: object) -> None:
-    # As an exception, so that everything on the way out cleans up.
-    sys.exit(128 + signal.SIGTERM)
+    raise Terminated

@@ -25,7 +25,7 @@ class KvCache(StrEnum):
     none = "none"
 
 
-@command(after_interrupt="the partial output has been removed")
+@command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, or a hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory to create.")],
@@ -72,8 +72,18 @@ def quantize(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What the process may take, such as 3GiB, at any time."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output if it exists.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the output, or an interrupted run, if there is one."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
@@ -103,7 +113,9 @@ def quantize(
             format=format,
             device=device,
             shard_size=parse_bytes(shard_size),
+            max_memory=None if max_memory is None else parse_bytes(max_memory),
             overwrite=overwrite,
+            resume=resume,
             on_progress=lambda step: progress.update(*step),
         )
     for warning in result.warnings:

@@ -1,0 +1,113 @@
+"""What every step of a quantization needs to know, on whichever machine it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo import canonical
+from octavo.canonical import LayerPlan
+from octavo.checkpoint import Checkpoint
+from octavo.decoder import Decoder
+from octavo.edition import Edition
+from octavo.errors import OctavoError
+from octavo.formats import Dialect, Target, get_format
+from octavo.formats.dialect import without_quantization
+from octavo.preflight import refuse_quantized
+from octavo.scheme import Scheme
+from octavo.transfer import meta
+
+
+class Job(NamedTuple):
+    """One model on its way into one dialect.
+
+    Attributes:
+        source: the checkpoint.
+        decoder: its decoder layers.
+        plans: what happens to each of them.
+        dialect: what is written.
+        target: the edition it describes.
+    """
+
+    source: Edition
+    decoder: Decoder
+    plans: list[LayerPlan]
+    dialect: Dialect
+    target: Target
+
+    @property
+    def scheme(self) -> Scheme:
+        """What is quantized, and how."""
+        return self.target.scheme
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The files that are read."""
+        return self.source.checkpoint
+
+    def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Canonical tensors to the dialect's."""
+        return self.dialect.encode(tensors, self.target)
+
+    def outside(self) -> list[str]:
+        """Names of tensors that belong to no decoder layer."""
+        inside = {name for plan in self.plans for name in plan.tensors}
+        return [name for name in self.source if name not in inside]
+
+    def layout(self) -> dict[str, Tensor]:
+        """Every tensor of the edition as a meta tensor: embedding, decoder layers, the rest."""
+        source = {name: meta(self.source, name) for name in self.source}
+        first: dict[str, Tensor] = {}
+        last: dict[str, Tensor] = {}
+        for name in self.outside():
+            encoded = self.encode({name: source[name]})
+            (first if "embed" in name else last).update(encoded)
+        for plan in self.plans:
+            first |= self.encode(canonical.layout_layer(plan, source, self.scheme))
+        return first | last
+
+    def layer_bytes(self, index: int) -> int:
+        """Bytes of a decoder layer in the checkpoint."""
+        return sum(self.checkpoint[name].nbytes for name in self.plans[index].tensors)
+
+
+def open_job(directory: Path, scheme: Scheme, format: str, device: torch.device) -> Job:
+    """Open a checkpoint and plan its quantization; nothing but headers is read.
+
+    Args:
+        directory: a BF16, FP16 or FP32 checkpoint.
+        scheme: what is quantized and how.
+        format: a dialect's name.
+        device: where its layers will be computed.
+
+    Raises:
+        OctavoError: the checkpoint or an option does not allow it.
+    """
+    dialect = get_format(format, scheme.kind)
+    if dialect.merges:
+        scheme = scheme.model_copy(update={"merge_scales": True})
+    checkpoint = Checkpoint(directory)
+    refuse_quantized(checkpoint)
+    decoder = Decoder(checkpoint, device)
+    plans = [_plan_layer(decoder, index, scheme) for index in range(len(decoder.layers))]
+    if not any(plan.linears for plan in plans):
+        raise OctavoError(
+            f"--exclude {' '.join(scheme.exclude)} leaves no linear layer to quantize. "
+            "Narrow the patterns."
+        )
+    target = Target(without_quantization(checkpoint.config), scheme)
+    return Job(Edition(checkpoint), decoder, plans, dialect, target)
+
+
+def _plan_layer(decoder: Decoder, index: int, scheme: Scheme) -> LayerPlan:
+    linears = tuple(decoder.linears(index))
+    return LayerPlan(
+        tensors=tuple(decoder.tensor_names(index)),
+        linears=tuple(name for name in linears if not scheme.excludes(name)),
+        kept=tuple(name for name in linears if scheme.excludes(name)),
+        attention=tuple(name for name, _ in decoder.attention_blocks(index)),
+    )

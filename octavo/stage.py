@@ -1,0 +1,338 @@
+"""A run of decoder layers: calibrated, quantized, written, and journaled as they are finished.
+
+The layers are taken in passes. Those of a pass are in memory together (one layer, in a single process); the
+next pass is read while they compute. A pass leaves two kinds of records in the journal: what calibration
+found, once the hidden states behind it are on disk, and each layer, once its tensors are. Whatever a run
+finds there it does not do again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo import canonical
+from octavo.calibration import CalibrationStream
+from octavo.checkpoint import CheckpointWriter, Journal
+from octavo.job import Job
+from octavo.stopwatch import Stopwatch
+from octavo.transfer import carry_tensors, meta
+
+# Quantized tensors that wait to be written, at most: the disk has work while the next are computed.
+_WAITING = 2
+
+
+class Stage(NamedTuple):
+    """What is to be done, and with what.
+
+    Attributes:
+        job: the model.
+        passes: numbers of the layers of each pass, in order.
+        stream: carries the calibration samples; None without calibration.
+        tokens: the samples, where the stream begins with them: int64 ``[samples, seq_len]``.
+        keep_states: whether the hidden states behind the last pass are wanted.
+        writer: takes the tensors.
+        journal: of these layers.
+        read_ahead: read the next pass while one computes, into memory of its own.
+        clock: takes times by stage.
+    """
+
+    job: Job
+    passes: Sequence[Sequence[int]]
+    stream: CalibrationStream | None
+    tokens: Tensor | None
+    keep_states: bool
+    writer: CheckpointWriter
+    journal: Journal
+    read_ahead: bool
+    clock: Stopwatch
+
+    def run(
+        self,
+        on_layer: Callable[[int], None] = lambda _: None,
+        on_batch: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Do all that the journal does not have.
+
+        Args:
+            on_layer: called with the number of each layer that is finished, in order.
+            on_batch: called with each batch whose hidden states behind the last pass are there.
+        """
+        with self.clock("verify"):
+            written = _written(self.journal, self.writer)
+            begin = self._first_pass()
+        todo = [
+            number
+            for number, layers in enumerate(self.passes)
+            if number >= begin or not written.issuperset(layers)
+        ]
+        if begin == len(self.passes) and self.stream is not None:
+            for batch in range(len(self.stream.states(0).shape.batches)):
+                on_batch(batch)
+        with (
+            ThreadPoolExecutor(1, "octavo-write") as disk,
+            ThreadPoolExecutor(torch.get_num_threads(), "octavo-cast") as casts,
+            closing(self._read(todo)) as loaded,
+        ):
+            lane = _Lane(disk)
+            for number, layers in enumerate(self.passes):
+                if number in todo:
+                    tensors = next(loaded)
+                    weights = self._measure(tensors, casts)
+                    if number >= begin:
+                        activations = self._calibrate(number, tensors, lane, on_batch)
+                    else:
+                        activations = _calibrated(self.journal, number)
+                    for index in layers:
+                        if index not in written:
+                            self._quantize(index, tensors, weights, activations, lane, casts)
+                    del tensors
+                for index in layers:
+                    on_layer(index)
+            with self.clock("wait for disk"):
+                lane.drain()
+
+    def _first_pass(self) -> int:
+        """The first pass to compute. The hidden states behind the ones before are on disk, as far as
+        they are needed: behind the last calibrated pass, or the one before it in the other file."""
+        if self.stream is None:
+            return len(self.passes)
+        found = _passes(self.journal)
+        done = next((n for n in range(len(self.passes)) if n not in found), len(self.passes))
+        if done == len(self.passes) and not self.keep_states:
+            return done
+        for number in (done, done - 1):
+            if number > 0 and self.stream.states(number).holds(found[number - 1]["hidden"]):
+                return number
+        if self.tokens is not None:
+            with self.clock("embed"):
+                self.stream.embed(self.tokens)
+        return 0
+
+    def _measure(self, tensors: Mapping[str, Tensor], casts: ThreadPoolExecutor) -> dict[str, Any]:
+        # Before the layer is run: a NaN is the weight's fault, not the activations'.
+        with self.clock("quantize"):
+            return {
+                name: canonical.finite_amax(name, tensor, casts.map)
+                for name, tensor in tensors.items()
+            }
+
+    def _calibrate(
+        self,
+        number: int,
+        tensors: Mapping[str, Tensor],
+        lane: _Lane,
+        on_batch: Callable[[int], None],
+    ) -> dict[str, Tensor]:
+        """Run the samples through the layers of a pass, and have that journaled."""
+        assert self.stream is not None
+        layers, decoder = self.passes[number], self.job.decoder
+        at_end = number + 1 == len(self.passes)
+        dropped = at_end and not self.keep_states
+        with self.clock("wait for disk"):
+            # What this pass writes over is what a resumed run would begin with until then.
+            lane.calibrated.result()
+        with self.clock("calibrate"):
+            for index in layers:
+                names = self.job.plans[index].tensors
+                decoder.load(index, {name: tensors[name] for name in names})
+            watched = {module for index in layers for module in self.job.plans[index].linears}
+            maxima = self.stream.run(
+                number,
+                layers,
+                watched,
+                last=dropped,
+                on_batch=on_batch if at_end else lambda _: None,
+            )
+            for index in layers:
+                decoder.unload(index)
+        states = self.stream.states(number + 1)
+        digest = None if dropped else states.digest()
+        record = {"pass": number, "amax": _values(maxima), "hidden": digest}
+
+        def finish() -> None:
+            if not dropped:
+                states.sync()
+            self.journal.append(record)
+
+        lane.calibrated = lane.submit(finish)
+        return maxima
+
+    def _quantize(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        maxima: Mapping[str, Tensor],
+        activations: Mapping[str, Tensor],
+        lane: _Lane,
+        casts: ThreadPoolExecutor,
+    ) -> None:
+        """Quantize a layer and have it written and journaled."""
+        plan, scheme = self.job.plans[index], self.job.scheme
+        amax = canonical.weight_amax(plan.linears, maxima, scheme)
+        names: list[str] = []
+        errors: dict[str, Any] = {}
+
+        def write(encoded: Mapping[str, Tensor]) -> None:
+            for name, tensor in encoded.items():
+                self.writer.write(name, tensor.cpu())
+
+        def put(tensors: Mapping[str, Tensor]) -> None:
+            encoded = self.job.encode(tensors)
+            names.extend(encoded)
+            with self.clock("wait for disk"):
+                lane.wait_below(_WAITING)
+            lane.submit(lambda: write(encoded))
+
+        for unit in canonical.units(plan, self.job.dialect.fuses):
+            with self.clock("quantize"):
+                folded, noise = canonical.quantize_unit(
+                    unit, tensors, amax, activations, scheme, casts.map
+                )
+            errors |= {module: error._asdict() for module, error in noise.items()}
+            put(folded)
+        put(canonical.cache_scales(plan, activations, scheme))
+        weights = _values({name: maxima[name] for name in plan.tensors})
+
+        def finish() -> None:
+            self.writer.sync()
+            digests = {name: self.writer.digests[name] for name in names}
+            self.journal.append(
+                {"layer": index, "amax": weights, "errors": errors, "tensors": digests}
+            )
+
+        lane.submit(finish)
+
+    def _read(self, todo: Sequence[int]) -> Generator[dict[str, Tensor], None, None]:
+        """The tensors of each pass to do; with read-ahead, the next pass is read meanwhile.
+
+        Tensors are valid until the next are asked for: on a CPU they lie in buffers that take turns.
+        """
+        checkpoint, device = self.job.checkpoint, self.job.decoder.device
+        pinned = device.type == "cuda"
+        ahead = self.read_ahead and len(todo) > 1
+        names = {n: [t for i in self.passes[n] for t in self.job.plans[i].tensors] for n in todo}
+        sizes = [sum(checkpoint[name].nbytes for name in names[number]) for number in todo]
+        # On a GPU, what has been copied to it leaves the buffer free.
+        count = 2 if ahead and not pinned else 1
+        buffers = [
+            torch.empty(max(sizes, default=0), dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(count)
+        ]
+
+        def read(position: int) -> dict[str, Tensor]:
+            rest, tensors = buffers[position % count], {}
+            # Wide dtypes first keeps every tensor aligned.
+            for name in sorted(
+                names[todo[position]], key=lambda name: -checkpoint[name].dtype.itemsize
+            ):
+                nbytes = checkpoint[name].nbytes
+                tensors[name] = checkpoint.read(name, rest[:nbytes])
+                rest = rest[nbytes:]
+            return _to_gpu(tensors, device) if pinned else tensors
+
+        with ThreadPoolExecutor(1, "octavo-read") as reads:
+            upcoming: Future[dict[str, Tensor]] | None = None
+            for position in range(len(todo)):
+                with self.clock("wait for disk"):
+                    tensors = (upcoming or reads.submit(read, position)).result()
+                if ahead and position + 1 < len(todo):
+                    upcoming = reads.submit(read, position + 1)
+                yield tensors
+
+
+class _Lane:
+    """One thread that writes, in the order it is asked to. After a failure it does nothing more, lest
+    something be journaled that rests on what failed; whoever waits next is told.
+
+    Attributes:
+        calibrated: when the last calibrated pass is journaled.
+    """
+
+    def __init__(self, disk: ThreadPoolExecutor) -> None:
+        self._disk = disk
+        self._waiting: deque[Future[None]] = deque()
+        self._failure: BaseException | None = None
+        self.calibrated: Future[None] = Future()
+        self.calibrated.set_result(None)
+
+    def submit(self, task: Callable[[], None]) -> Future[None]:
+        self._waiting.append(future := self._disk.submit(self._run, task))
+        return future
+
+    def _run(self, task: Callable[[], None]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            task()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def wait_below(self, count: int) -> None:
+        """Wait until fewer than ``count`` tasks are left."""
+        while len(self._waiting) >= count:
+            self._waiting.popleft().result()
+
+    def drain(self) -> None:
+        """Wait for all."""
+        self.wait_below(1)
+
+
+def carry_rest(job: Job, writer: CheckpointWriter, journal: Journal) -> None:
+    """Carry over the tensors outside the decoder layers, unless the journal has them."""
+    known = [record["carried"] for record in journal.records if "carried" in record]
+    if known and all(writer.holds(name, digest) for name, digest in known[-1].items()):
+        return
+
+    def check(name: str, piece: Tensor) -> None:
+        if piece.dtype.is_floating_point:
+            canonical.finite_amax(name, piece)
+
+    carry_tensors(job.source, job.outside(), writer, job.encode, check)
+    writer.sync()
+    names = [copy for name in job.outside() for copy in job.encode({name: meta(job.source, name)})]
+    journal.append({"carried": {name: writer.digests[name] for name in names}})
+
+
+def _to_gpu(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies on the GPU, made on a stream of their own beside what is computed there."""
+    new: Any = torch.cuda.Stream  # has no types
+    stream = new(device)
+    with torch.cuda.stream(stream):
+        copies = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    stream.synchronize()
+    for copy in copies.values():
+        # Their memory is handed out again only when the streams that compute with it are done.
+        copy.record_stream(torch.cuda.default_stream(device))
+    return copies
+
+
+def _written(journal: Journal, writer: CheckpointWriter) -> set[int]:
+    """The layers that are on disk as the journal says."""
+    layers = {record["layer"]: record for record in journal.records if "layer" in record}
+    return {
+        index
+        for index, record in layers.items()
+        if all(writer.holds(name, digest) for name, digest in record["tensors"].items())
+    }
+
+
+def _passes(journal: Journal) -> dict[int, dict[str, Any]]:
+    return {record["pass"]: record for record in journal.records if "pass" in record}
+
+
+def _calibrated(journal: Journal, number: int) -> dict[str, Tensor]:
+    """The amax of activations that a pass left in the journal; none without calibration."""
+    amax = _passes(journal).get(number, {"amax": {}})["amax"]
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in amax.items()}
+
+
+def _values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: tensor.item() for name, tensor in tensors.items()}
