@@ -87,13 +87,14 @@ class LayerProgress(_Progress):
     def __init__(self, *, quiet: bool) -> None:
         super().__init__(unit="layers", quiet=quiet)
 
-    def update(self, done: int, total: int, tokens: int) -> None:
-        """Show that ``done`` of ``total`` layers are finished, ``tokens`` tokens through each."""
+    def update(self, done: int, total: int, tokens: int, detail: str = "") -> None:
+        """Show that ``done`` of ``total`` layers are finished, ``tokens`` tokens through each, and
+        ``detail``."""
         each, rate = self._seconds_each(done), ""
         if each is not None:
             speed = f"{tokens / (each * total):,.0f} tokens/s, " if tokens else ""
             rate = f"{speed}{1 / each:.1f} layers/s, {each * (total - done):.0f} s left"
-        self._show("quantizing", done, total, "layers", rate)
+        self._show("quantizing", done, total, "layers", f"{rate}  {detail}" if detail else rate)
 
 
 class CountProgress(_Progress):

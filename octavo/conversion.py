@@ -149,13 +149,14 @@ def convert(
             layout |= plan.encode(plan.layout(_canonical(edition, names)))
         with (
             Workspace(target, overwrite=overwrite) as work,
-            CheckpointWriter(work, layout, shard_size=shard_size) as writer,
+            CheckpointWriter(work.place, layout, shard_size=shard_size) as writer,
             _one_thread(),
             clock("convert"),
         ):
             _write(edition, plan, writer, on_progress)
             _write_files(edition, plan, writer, to, requantized)
-            writer.commit()
+            writer.seal()
+            work.publish()
     finally:
         checkpoint.close()
     return ConvertResult(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo import canonical
+from octavo.calibration import HiddenShape, batch_sizes
 from octavo.canonical import LayerPlan
 from octavo.checkpoint import Checkpoint
 from octavo.decoder import Decoder
@@ -17,6 +18,7 @@ from octavo.edition import Edition
 from octavo.errors import OctavoError
 from octavo.formats import Dialect, Target, get_format
 from octavo.formats.dialect import without_quantization
+from octavo.memory import LayerShape, Settings
 from octavo.preflight import refuse_quantized
 from octavo.scheme import Scheme
 from octavo.transfer import meta
@@ -29,13 +31,15 @@ class Job(NamedTuple):
         source: the checkpoint.
         decoder: its decoder layers.
         plans: what happens to each of them.
-        dialect: what is written.
+        format: the name of what is written.
+        dialect: what that is.
         target: the edition it describes.
     """
 
     source: Edition
     decoder: Decoder
     plans: list[LayerPlan]
+    format: str
     dialect: Dialect
     target: Target
 
@@ -58,16 +62,21 @@ class Job(NamedTuple):
         inside = {name for plan in self.plans for name in plan.tensors}
         return [name for name in self.source if name not in inside]
 
-    def layout(self) -> dict[str, Tensor]:
-        """Every tensor of the edition as a meta tensor: embedding, decoder layers, the rest."""
+    def layout(self, layers: Collection[int] | None = None) -> dict[str, Tensor]:
+        """The edition's tensors as meta tensors: embedding, decoder layers, the rest.
+
+        Args:
+            layers: only those of these decoder layers; None for all there is.
+        """
         source = {name: meta(self.source, name) for name in self.source}
         first: dict[str, Tensor] = {}
         last: dict[str, Tensor] = {}
-        for name in self.outside():
+        for name in self.outside() if layers is None else ():
             encoded = self.encode({name: source[name]})
             (first if "embed" in name else last).update(encoded)
-        for plan in self.plans:
-            first |= self.encode(canonical.layout_layer(plan, source, self.scheme))
+        for index, plan in enumerate(self.plans):
+            if layers is None or index in layers:
+                first |= self.encode(canonical.layout_layer(plan, source, self.scheme))
         return first | last
 
     def layer_bytes(self, index: int) -> int:
@@ -100,7 +109,22 @@ def open_job(directory: Path, scheme: Scheme, format: str, device: torch.device)
             "Narrow the patterns."
         )
     target = Target(without_quantization(checkpoint.config), scheme)
-    return Job(Edition(checkpoint), decoder, plans, dialect, target)
+    return Job(Edition(checkpoint), decoder, plans, format, dialect, target)
+
+
+def layer_shape(job: Job) -> LayerShape:
+    """What a run's memory depends on."""
+    sizes = [job.layer_bytes(index) for index in range(len(job.plans))]
+    largest = max(job.checkpoint[name].nbytes for plan in job.plans for name in plan.tensors)
+    itemsize = job.decoder.dtype.itemsize
+    return LayerShape.of(job.decoder.config, max(sizes), largest // itemsize, itemsize)
+
+
+def hidden_shape(job: Job, tokens: Tensor, settings: Settings) -> HiddenShape:
+    """How the calibration samples ``[samples, seq_len]`` go through the model."""
+    samples, seq_len = tokens.shape
+    batches = batch_sizes(samples, seq_len, settings.batch_tokens)
+    return HiddenShape(batches, seq_len, job.decoder.config.hidden_size, job.decoder.dtype)
 
 
 def _plan_layer(decoder: Decoder, index: int, scheme: Scheme) -> LayerPlan:

@@ -16,19 +16,14 @@ import transformers
 from torch import Tensor
 
 from octavo import canonical
-from octavo.calibration import (
-    BATCH_TOKENS,
-    Calibration,
-    CalibrationStream,
-    HiddenShape,
-    batch_sizes,
-    load_tokens,
-)
+from octavo.calibration import BATCH_TOKENS, Calibration, CalibrationStream, load_tokens
 from octavo.canonical import LayerPlan
 from octavo.checkpoint import CheckpointWriter, Journal, Workspace
 from octavo.checkpoint.hub import resolve_model
-from octavo.job import Job, open_job
-from octavo.memory import LayerShape, Settings, choose_settings, peak_resident
+from octavo.cluster import Order, Report, make_orders, run_stages, worker_device, worker_threads
+from octavo.errors import OctavoError
+from octavo.job import Job, hidden_shape, layer_shape, open_job
+from octavo.memory import Settings, choose_settings, peak_resident
 from octavo.preflight import check_target, pick_device
 from octavo.resumption import check_same
 from octavo.scheme import Scheme
@@ -39,11 +34,13 @@ from octavo.version import __version__
 
 
 class Progress(NamedTuple):
-    """How far a run is: ``done`` of ``total`` decoder layers, over ``tokens`` tokens each."""
+    """How far a run is: ``done`` of ``total`` decoder layers, over ``tokens`` tokens each; ``detail`` says
+    what each worker has done."""
 
     done: int
     total: int
     tokens: int
+    detail: str = ""
 
 
 class QuantizeResult(NamedTuple):
@@ -86,6 +83,8 @@ def quantize(
     device: str = "auto",
     shard_size: int = 5_000_000_000,
     max_memory: int | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
@@ -102,8 +101,10 @@ def quantize(
             scheme. One that has a single scale for what engines fuse merges the scales.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` (CUDA where there is one).
         shard_size: bytes of tensors in one file, at most.
-        max_memory: bytes of memory the process may take. Smaller batches round otherwise, so that a
-            limit may change the last bits of activation scales.
+        max_memory: bytes of memory the process may take, or each worker. Smaller batches round otherwise,
+            so that a limit may change the last bits of activation scales.
+        workers: run as so many stages of decoder layers on Ray (:mod:`octavo.cluster`).
+        cluster: address of a Ray cluster; without, workers run on this machine.
         overwrite: replace ``output`` if it exists, and an interrupted run if there is one.
         resume: go on with an interrupted run if there is one.
         on_progress: called after each decoder layer.
@@ -117,56 +118,64 @@ def quantize(
     """
     clock = Stopwatch()
     scheme, calibration = scheme or Scheme(), calibration or Calibration()
+    if cluster is not None and workers is None:
+        raise OctavoError("--cluster needs --workers N: how many stages to run there.")
     with ExitStack() as stack:
         with clock("open"):
             source, target = resolve_model(model), Path(output)
             check_target(source, target)
-            job = open_job(source, scheme, format, pick_device(device))
+            job = open_job(source, scheme, format, _own_device(device, workers))
             stack.callback(job.checkpoint.close)
         with clock("tokenize"):
             tokens = _load_tokens(job, calibration)
-        settings = _settings(job, tokens, max_memory)
+        kind = job.decoder.device.type if workers is None else worker_device(device)
+        settings = _settings(job, tokens, kind, workers, max_memory)
+        options = {
+            "model": source.resolve().name,
+            "format": format,
+            "scheme": job.scheme.model_dump(mode="json"),
+            "calibration": None if tokens is None else calibration.model_dump(mode="json"),
+            "device": kind,
+            "shard size": shard_size,
+            "tokens in a batch": settings.batch_tokens,
+            "workers": workers,
+        }
         with clock("reserve"):
             kept = [name for plan in job.plans for name in plan.kept]
             files = job.dialect.configs(job.target, kept)
             layout = job.layout()
             work = stack.enter_context(Workspace(target, overwrite=overwrite, resume=resume))
             journal = stack.enter_context(Journal(work.journal, target))
-            stack.enter_context(_told(work, journal, len(job.plans)))
-            check_same(
-                journal,
-                {
-                    "model": source.resolve().name,
-                    "format": format,
-                    "scheme": job.scheme.model_dump(mode="json"),
-                    "calibration": calibration.model_dump(mode="json")
-                    if tokens is not None
-                    else None,
-                    "device": job.decoder.device.type,
-                    "shard size": shard_size,
-                    "tokens in a batch": settings.batch_tokens,
-                },
-                job.checkpoint,
-                tokens,
-            )
+            finished = _Finished()
+            stack.enter_context(_told(work, finished, len(job.plans)))
+            check_same(journal, options, job.checkpoint, tokens)
             writer = stack.enter_context(
-                CheckpointWriter(work, layout, shard_size=shard_size, digest=True)
+                CheckpointWriter(work.place, layout, shard_size=shard_size, digest=True)
             )
-            stream = (
-                None
-                if tokens is None
-                else stack.enter_context(_open_stream(job, tokens, settings, work))
+        run = _Run(job, tokens, settings, work, journal, writer, clock, on_progress, finished)
+        if workers is None:
+            records = _run_here(run)
+        else:
+            orders = make_orders(
+                job,
+                tokens,
+                settings,
+                kind,
+                workers,
+                max_memory,
+                work,
+                shard_size,
+                journal.records[0],
             )
-        _run(job, stream, tokens, writer, journal, settings, clock, on_progress)
+            records = _run_on_workers(run, orders, cluster)
         with clock("finish"):
             carry_files(source, writer)
             for file, content in files.items():
                 writer.write_json(file, content)
-            record = _record(
-                job, calibration, format, tokens, _statistics(job.plans, journal.records)
-            )
-            writer.write_json("octavo.json", record)
-            writer.commit()
+            found = _statistics(job.plans, records)
+            writer.write_json("octavo.json", _record(job, calibration, format, tokens, found))
+            writer.seal()
+            work.publish()
     return QuantizeResult(
         output=str(target),
         format=format,
@@ -182,75 +191,108 @@ def quantize(
     )
 
 
-def _run(
-    job: Job,
-    stream: CalibrationStream | None,
-    tokens: Tensor | None,
-    writer: CheckpointWriter,
-    journal: Journal,
-    settings: Settings,
-    clock: Stopwatch,
-    on_progress: Callable[[Progress], None],
-) -> None:
-    """All layers, and what is outside them, one layer to a pass."""
-    total, count = len(job.plans), 0 if tokens is None else tokens.numel()
-    with clock("carry"):
-        carry_rest(job, writer, journal)
-    stage = Stage(
-        job=job,
-        passes=[(index,) for index in range(total)],
-        stream=stream,
-        tokens=tokens,
-        keep_states=False,
-        writer=writer,
-        journal=journal,
-        read_ahead=settings.read_ahead,
-        clock=clock,
-    )
-    stage.run(lambda index: on_progress(Progress(index + 1, total, count)))
+class _Finished:
+    """How many layers are finished, those of an earlier run included."""
+
+    layers = 0
+
+
+class _Run(NamedTuple):
+    """What both ways of running share."""
+
+    job: Job
+    tokens: Tensor | None
+    settings: Settings
+    work: Workspace
+    journal: Journal
+    writer: CheckpointWriter
+    clock: Stopwatch
+    on_progress: Callable[[Progress], None]
+    finished: _Finished
+
+    def progress(self, done: int, detail: str = "") -> None:
+        """Pass on how many layers are done."""
+        self.finished.layers = done
+        count = 0 if self.tokens is None else self.tokens.numel()
+        self.on_progress(Progress(done, len(self.job.plans), count, detail))
+
+
+def _run_here(run: _Run) -> list[dict[str, Any]]:
+    """All layers in this process, one to a pass."""
+    with ExitStack() as stack:
+        stream = None
+        if run.tokens is not None:
+            shape = hidden_shape(run.job, run.tokens, run.settings)
+            stream = CalibrationStream(run.job.decoder, shape, run.work.directory, run.work.target)
+            stack.enter_context(stream)
+        with run.clock("carry"):
+            carry_rest(run.job, run.writer, run.journal)
+        Stage(
+            job=run.job,
+            passes=[(index,) for index in range(len(run.job.plans))],
+            stream=stream,
+            tokens=run.tokens,
+            keep_states=False,
+            writer=run.writer,
+            journal=run.journal,
+            read_ahead=run.settings.read_ahead,
+            clock=run.clock,
+        ).run(lambda index: run.progress(index + 1))
+    return run.journal.records
+
+
+def _run_on_workers(
+    run: _Run, orders: Sequence[Order], cluster: str | None
+) -> list[dict[str, Any]]:
+    """A stage of the layers to each worker."""
+    batches = len(orders[0].shape.batches) if orders[0].shape else 0
+
+    def show(reports: Sequence[Report]) -> None:
+        told = [
+            f"{number}: {report.layers}/{sum(map(len, order.passes))} layers"
+            + (f", {report.batches}/{batches} batches" if batches else "")
+            for number, (report, order) in enumerate(zip(reports, orders, strict=True), start=1)
+        ]
+        run.progress(sum(report.layers for report in reports), "; ".join(told))
+
+    def carry() -> None:
+        carry_rest(run.job, run.writer, run.journal)
+
+    with run.clock("workers"):
+        return run_stages(orders, cluster, run.writer, carry, show)
 
 
 @contextmanager
-def _told(work: Workspace, journal: Journal, total: int) -> Iterator[None]:
+def _told(work: Workspace, finished: _Finished, total: int) -> Iterator[None]:
     """Tell whoever is told of an interruption what is left, and how to go on."""
     try:
         yield
     except BaseException as error:
-        done = len({record["layer"] for record in journal.records if "layer" in record})
-        work.keep = any("pass" in record or "layer" in record for record in journal.records)
+        work.keep = finished.layers > 0
         if work.keeps(error):
             error.add_note(
-                f"{done} of {total} layers are finished and kept in {work.directory}: the same command with "
-                "--resume goes on from there."
+                f"{finished.layers} of {total} layers are finished and kept in {work.directory}: the same "
+                "command with --resume goes on from there."
             )
         raise
 
 
-def _settings(job: Job, tokens: Tensor | None, max_memory: int | None) -> Settings:
-    sizes = [job.layer_bytes(index) for index in range(len(job.plans))]
-    largest = max(job.checkpoint[name].nbytes for plan in job.plans for name in plan.tensors)
-    itemsize = job.decoder.dtype.itemsize
+def _own_device(device: str, workers: int | None) -> torch.device:
+    """Where this process computes: with workers nothing, so that it needs no GPU."""
+    return pick_device("cpu" if workers is not None else device)
+
+
+def _settings(
+    job: Job, tokens: Tensor | None, kind: str, workers: int | None, max_memory: int | None
+) -> Settings:
     return choose_settings(
-        LayerShape.of(job.decoder.config, max(sizes), largest // itemsize, itemsize),
+        layer_shape(job),
         max_memory,
-        BATCH_TOKENS[job.decoder.device.type],
+        BATCH_TOKENS[kind],
         seq_len=0 if tokens is None else tokens.shape[1],
-        cores=torch.get_num_threads(),
-        layers=len(sizes),
+        cores=worker_threads(workers or 1),
+        layers=len(job.plans),
     )
-
-
-def _open_stream(
-    job: Job, tokens: Tensor, settings: Settings, work: Workspace
-) -> CalibrationStream:
-    samples, seq_len = tokens.shape
-    shape = HiddenShape(
-        batch_sizes(samples, seq_len, settings.batch_tokens),
-        seq_len,
-        job.decoder.config.hidden_size,
-        job.decoder.dtype,
-    )
-    return CalibrationStream(job.decoder, shape, work.directory, work.target)
 
 
 def _load_tokens(job: Job, calibration: Calibration) -> Tensor | None:

@@ -50,15 +50,26 @@ def layout_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
+class Committing(CheckpointWriter):
+    """Publishes what it has written."""
+
+    work: Workspace
+
+    def commit(self) -> None:
+        self.seal()
+        self.work.publish()
+
+
 @contextmanager
 def writing(
     target: Path, layout: dict[str, Tensor], *, shard_size: int, overwrite: bool = False
-) -> Iterator[CheckpointWriter]:
+) -> Iterator[Committing]:
     """A writer of ``target``."""
     with (
         Workspace(target, overwrite=overwrite) as work,
-        CheckpointWriter(work, layout, shard_size=shard_size) as writer,
+        Committing(work.place, layout, shard_size=shard_size) as writer,
     ):
+        writer.work = work
         yield writer
 
 

@@ -1,6 +1,6 @@
 """Text → tokens → layer inputs → statistics, streamed layer by layer."""
 
-from octavo.calibration.hidden import HiddenShape, batch_sizes
+from octavo.calibration.hidden import HiddenShape, HiddenStates, batch_sizes
 from octavo.calibration.stream import BATCH_TOKENS, CalibrationStream
 from octavo.calibration.tokens import Calibration, load_tokens
 
@@ -9,6 +9,7 @@ __all__ = [
     "Calibration",
     "CalibrationStream",
     "HiddenShape",
+    "HiddenStates",
     "batch_sizes",
     "load_tokens",
 ]

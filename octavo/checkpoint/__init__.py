@@ -5,7 +5,7 @@ from octavo.checkpoint.journal import Journal
 from octavo.checkpoint.reader import Checkpoint, read_json
 from octavo.checkpoint.safetensors import Entry
 from octavo.checkpoint.workspace import Workspace
-from octavo.checkpoint.writer import CheckpointWriter, Layout
+from octavo.checkpoint.writer import CheckpointWriter, Layout, Place
 
 __all__ = [
     "Checkpoint",
@@ -13,6 +13,7 @@ __all__ = [
     "Entry",
     "Journal",
     "Layout",
+    "Place",
     "Workspace",
     "read_json",
 ]

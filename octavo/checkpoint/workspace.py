@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from octavo.checkpoint.disk import explained, sync
+from octavo.checkpoint.writer import Place
 from octavo.errors import OctavoError, WriteError
 
 
@@ -88,6 +89,11 @@ class Workspace:
                 for path in self._new_parents:
                     path.rmdir()
         os.close(self._lock)
+
+    @property
+    def place(self) -> Place:
+        """Where the edition is written."""
+        return Place(self.target, self.edition, self.resumed)
 
     def keeps(self, error: BaseException) -> bool:
         """Whether what has been done stays there when ``error`` ends the run."""

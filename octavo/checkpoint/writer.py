@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,6 @@ from torch import Tensor
 from octavo.checkpoint.disk import explained, sync, write_at, write_file
 from octavo.checkpoint.reader import INDEX_NAME, RANK_NAME, SINGLE_NAME
 from octavo.checkpoint.safetensors import Entry, build_header
-from octavo.checkpoint.workspace import Workspace
 
 Layout = Mapping[str, Tensor]
 """What will be written: for each name a tensor on the meta device, in the model's order."""
@@ -75,6 +74,20 @@ class _Shard(NamedTuple):
     entries: dict[str, Entry]
 
 
+class Place(NamedTuple):
+    """Where a checkpoint is written.
+
+    Attributes:
+        target: where it will be in the end, named in errors.
+        edition: the directory that gets its files.
+        resumed: whether they may be there already.
+    """
+
+    target: Path
+    edition: Path
+    resumed: bool
+
+
 class CheckpointWriter:
     """Writes the shards, index and small files of one checkpoint; a context manager.
 
@@ -84,12 +97,12 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, work: Workspace, layout: Layout, *, shard_size: int, digest: bool = False
+        self, place: Place, layout: Layout, *, shard_size: int, digest: bool = False
     ) -> None:
         """Create the shards and reserve their space, or open those of an interrupted run.
 
         Args:
-            work: where.
+            place: where.
             layout: every tensor that will be written.
             shard_size: bytes of tensors in one file, at most (unless one tensor is larger).
             digest: keep digests, for which each tensor must be written from its start to its end.
@@ -97,7 +110,7 @@ class CheckpointWriter:
         Raises:
             WriteError: the space is not there, or nothing can be written here.
         """
-        self._work = work
+        self._place = place
         self._places: dict[str, tuple[int, Entry]] = {}
         self._pending = set(layout)
         self.digests: dict[str, str] = {}
@@ -110,13 +123,13 @@ class CheckpointWriter:
         with self._explained():
             try:
                 for file, plan in plans.items():
-                    self._create_shard(work.edition / file, *plan)
+                    self._create_shard(place.edition / file, *plan)
             except BaseException:
                 self._close()
-                if not work.resumed:
+                if not place.resumed:
                     # Before the error tells how much is free.
                     for file in plans:
-                        (work.edition / file).unlink(missing_ok=True)
+                        (place.edition / file).unlink(missing_ok=True)
                 raise
         self._write_index(layout, plans)
 
@@ -164,16 +177,22 @@ class CheckpointWriter:
             if self._hashers is not None:
                 self.digests[name] = self._hashers.pop(name, xxhash.xxh3_128()).hexdigest()
 
+    def accept(self, names: Iterable[str]) -> None:
+        """Declare tensors finished that another process has written to the same files."""
+        with self._lock:
+            self._pending.difference_update(names)
+
+    def read_bytes(self, name: str, offset: int, size: int) -> bytes:
+        """Up to ``size`` bytes of tensor ``name`` from byte ``offset`` on, as they are on disk."""
+        descriptor, place = self._places[name]
+        return os.pread(descriptor, max(min(size, place.nbytes - offset), 0), place.start + offset)
+
     def holds(self, name: str, digest: str) -> bool:
         """Whether tensor ``name`` is on disk with this digest; if so, it is finished."""
-        descriptor, place = self._places[name]
-        hasher, position = xxhash.xxh3_128(), place.start
-        while position < place.end:
-            piece = os.pread(descriptor, min(_PIECE, place.end - position), position)
-            if not piece:
-                return False
+        hasher, offset = xxhash.xxh3_128(), 0
+        while piece := self.read_bytes(name, offset, _PIECE):
             hasher.update(piece)
-            position += len(piece)
+            offset += len(piece)
         if hasher.hexdigest() != digest:
             return False
         with self._lock:
@@ -190,22 +209,25 @@ class CheckpointWriter:
         """Write a small JSON file beside the shards."""
         content = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         with self._explained():
-            write_file(self._work.edition / name, content.encode())
+            write_file(self._place.edition / name, content.encode())
 
     def copy(self, source: Path) -> None:
         """Copy a small file, keeping its name."""
         with self._explained():
-            shutil.copyfile(source, self._work.edition / source.name)
+            shutil.copyfile(source, self._place.edition / source.name)
 
-    def commit(self) -> None:
-        """Sync everything to disk and move it into the target's place."""
+    def seal(self) -> None:
+        """Bring all files to the disk.
+
+        Raises:
+            RuntimeError: a tensor was never written.
+        """
         if self._pending:
             raise RuntimeError(f"tensors never written: {sorted(self._pending)[:3]} …")
         self._close()
         with self._explained():
-            for path in self._work.edition.iterdir():
+            for path in self._place.edition.iterdir():
                 sync(path)
-        self._work.publish()
 
     def _create_shard(
         self, path: Path, size: int, header: bytes, entries: Mapping[str, Entry]
@@ -234,7 +256,7 @@ class CheckpointWriter:
                 os.close(self._descriptors.pop())
 
     def _explained(self) -> AbstractContextManager[None]:
-        return explained(self._work.target, self.nbytes)
+        return explained(self._place.target, self.nbytes)
 
 
 def _plan_shards(layout: Layout, shard_size: int) -> dict[str, _Shard]:

@@ -76,6 +76,19 @@ def quantize(
         str | None,
         typer.Option(metavar="SIZE", help="What the process may take, such as 3GiB, at any time."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Run as so many stages of decoder layers on Ray, one to a GPU or share of cores.",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="A Ray cluster to run them on, such as auto or host:6379."
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run, if there is one.")
     ] = False,
@@ -114,6 +127,8 @@ def quantize(
             device=device,
             shard_size=parse_bytes(shard_size),
             max_memory=None if max_memory is None else parse_bytes(max_memory),
+            workers=workers,
+            cluster=cluster,
             overwrite=overwrite,
             resume=resume,
             on_progress=lambda step: progress.update(*step),
