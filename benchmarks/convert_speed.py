@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import CACHE, median, save
-from benchmarks.disk_speed import make_model, plain_read, plain_write
-from octavo import Calibration, Scheme, quantize
+from benchmarks.disk_speed import layers_of, plain_read, plain_write
+from octavo import Calibration, Scheme, quantize, synth
 from octavo.checkpoint import Checkpoint
 
 _TARGETS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         model, source, output = (Path(scratch) / name for name in ("model", "edition", "out"))
-        make_model(model, options.gigabytes)
+        synth("llama-3.2-1b", model, layers=layers_of(options.gigabytes))
         ids = Path(scratch) / "ids.npy"
         np.save(ids, np.arange(2 * 16).reshape(2, 16))
         scheme = Scheme(kv_cache="none", merge_scales=True)
