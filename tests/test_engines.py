@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import closing
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -273,6 +274,7 @@ class TestVllm:
     @pytest.fixture
     def vllm(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         module: Any = types.ModuleType("vllm")
+        module.__spec__ = ModuleSpec("vllm", None)
         module.LLM = FakeLlm
         module.SamplingParams = SimpleNamespace
         monkeypatch.setitem(sys.modules, "vllm", module)

@@ -928,7 +928,7 @@ def broken_json(editions: Editions, tmp_path: Path) -> Iterator[tuple[object, ..
 def test_a_users_mistake_exits_with_2(
     editions: Editions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octavo.verification.running.find_spec", lambda name: None)
+    monkeypatch.setattr("octavo.engines.find_spec", lambda name: None)
     for arguments in broken_json(editions, tmp_path):
         result = octavo_(*arguments)
         assert result.exit_code == 2, arguments

@@ -6,6 +6,7 @@ An engine is a module with a function ``start(model, device)`` and a line in :da
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from octavo.engines.engine import Engine, TokenIds, TokenScores
@@ -15,6 +16,21 @@ ENGINES = {
     "torch": "octavo.engines.torch",
     "vllm": "octavo.engines.vllm",
 }
+
+
+def check_engine(name: str) -> None:
+    """Raise unless there is an engine of this name, and what it needs is installed.
+
+    Raises:
+        OctavoError: says which there are, or how to install it.
+    """
+    if name not in ENGINES:
+        raise OctavoError(f"Unknown engine {name!r}. Expected one of {', '.join(ENGINES)}.")
+    if name == "vllm" and find_spec("vllm") is None:
+        raise OctavoError(
+            "The engine vllm is not installed. Install it with `pip install vllm`, or use the engine "
+            "torch (--engine torch), which needs nothing more."
+        )
 
 
 def open_engine(name: str, model: Path, device: str = "auto") -> Engine:
@@ -28,10 +44,9 @@ def open_engine(name: str, model: Path, device: str = "auto") -> Engine:
     Raises:
         OctavoError: no such engine, it is not installed, or it cannot open the checkpoint.
     """
-    if name not in ENGINES:
-        raise OctavoError(f"Unknown engine {name!r}. Expected one of {', '.join(ENGINES)}.")
+    check_engine(name)
     engine: Engine = import_module(ENGINES[name]).start(model, device)
     return engine
 
 
-__all__ = ["ENGINES", "Engine", "TokenIds", "TokenScores", "open_engine"]
+__all__ = ["ENGINES", "Engine", "TokenIds", "TokenScores", "check_engine", "open_engine"]

@@ -38,7 +38,7 @@ def start(model: Path, device: str, **options: Any) -> VllmEngine:
         options: further arguments of ``vllm.LLM`` (``kv_cache_dtype="fp8"``).
 
     Raises:
-        OctavoError: vLLM is not installed, or refuses the checkpoint or the device.
+        OctavoError: vLLM cannot be loaded, or refuses the checkpoint or the device.
     """
     if device != "auto":
         raise OctavoError(
@@ -51,8 +51,8 @@ def start(model: Path, device: str, **options: Any) -> VllmEngine:
         vllm: Any = import_module("vllm")
     except ImportError as error:
         raise OctavoError(
-            f"The engine vllm cannot be loaded: {one_line(error)}. Install it with "
-            "`pip install vllm`, or use the engine torch (--engine torch), which needs nothing more."
+            f"The engine vllm cannot be loaded: {one_line(error)}. Repair its installation, or use the "
+            "engine torch (--engine torch), which needs nothing more."
         ) from error
     try:
         llm = vllm.LLM(

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from octavo.calibration.tokens import check_vocabulary
 from octavo.checkpoint.hub import resolve_model
-from octavo.engines import ENGINES, Engine, open_engine
+from octavo.engines import Engine, open_engine
 from octavo.engines.vllm import VllmEngine
 from octavo.engines.vllm_loaded import LoadedModel
 from octavo.errors import OctavoError
@@ -69,17 +68,6 @@ class Ran(NamedTuple):
     refusal: str | None = None
     scores: Scores | None = None
     loaded: LoadedModel | None = None
-
-
-def check_engine(name: str | None) -> None:
-    """Raise where the fault is not the checkpoint's."""
-    if name is not None and name not in ENGINES:
-        raise OctavoError(f"Unknown engine {name!r}. Expected one of {', '.join(ENGINES)}.")
-    if name == "vllm" and find_spec("vllm") is None:
-        raise OctavoError(
-            "The engine vllm is not installed. Install it with `pip install vllm`, or use the engine "
-            "torch (--engine torch), which needs nothing more."
-        )
 
 
 def run_engine(

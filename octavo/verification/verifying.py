@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.engines import check_engine
 from octavo.engines.vllm_loaded import LoadedModel
 from octavo.inspection import (
     Comparison,
@@ -20,7 +21,7 @@ from octavo.inspection import (
     silent,
 )
 from octavo.verification.engine_checks import CHECKS
-from octavo.verification.running import Scores, check_engine, run_engine
+from octavo.verification.running import Scores, run_engine
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def verify(
         OctavoError: as :func:`octavo.inspect`; the reference is quantized; no such engine, or it is
             not installed. What is wrong with the checkpoint is a finding instead.
     """
-    check_engine(engine)
+    if engine is not None:
+        check_engine(engine)
     comparison: Comparison | None = None
     findings: tuple[Finding, ...] = ()
     with open_edition(model, config) as edition:
