@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from octavo.sample import sample_model
     from octavo.scheme import Scheme
     from octavo.serving import serve
+    from octavo.synthesis import synth
     from octavo.verification import verify
 
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "report": "octavo.publishing",
     "sample_model": "octavo.sample",
     "serve": "octavo.serving",
+    "synth": "octavo.synthesis",
     "verify": "octavo.verification",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "report",
     "sample_model",
     "serve",
+    "synth",
     "verify",
 ]
 

@@ -124,6 +124,8 @@ class CheckpointWriter:
             try:
                 for file, plan in plans.items():
                     self._create_shard(place.edition / file, *plan)
+                self._write_index(layout, plans)
+                sync(place.edition)
             except BaseException:
                 self._close()
                 if not place.resumed:
@@ -131,7 +133,6 @@ class CheckpointWriter:
                     for file in plans:
                         (place.edition / file).unlink(missing_ok=True)
                 raise
-        self._write_index(layout, plans)
 
     def __enter__(self) -> Self:
         return self
@@ -204,6 +205,8 @@ class CheckpointWriter:
         with self._explained():
             for descriptor in self._descriptors:
                 os.fdatasync(descriptor)
+                # Nobody reads it again soon, and a cache that grows costs more than the writing.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a small JSON file beside the shards."""

@@ -1,6 +1,17 @@
 """The command line: parse, call the Python API, render. One file for each group of commands."""
 
-from octavo.cli import bench, convert, evaluate, inspect, quantize, report, serve
+from octavo.cli import bench, convert, evaluate, inspect, quantize, report, serve, synth
 from octavo.cli.program import app, main
 
-__all__ = ["app", "bench", "convert", "evaluate", "inspect", "main", "quantize", "report", "serve"]
+__all__ = [
+    "app",
+    "bench",
+    "convert",
+    "evaluate",
+    "inspect",
+    "main",
+    "quantize",
+    "report",
+    "serve",
+    "synth",
+]
