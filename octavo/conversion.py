@@ -7,8 +7,7 @@ is in memory at a time, or those that the target stores as one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ from octavo.preflight import check_target
 from octavo.scheme import BLOCK, Scheme
 from octavo.skeleton import build_skeleton
 from octavo.stopwatch import Stopwatch
+from octavo.threads import one_thread_each
 from octavo.transfer import carry_files, carry_tensors, meta
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -150,7 +150,8 @@ def convert(
         with (
             Workspace(target, overwrite=overwrite) as work,
             CheckpointWriter(work.place, layout, shard_size=shard_size) as writer,
-            _one_thread(),
+            # Strips are too small for several threads.
+            one_thread_each(),
             clock("convert"),
         ):
             _write(edition, plan, writer, on_progress)
@@ -170,17 +171,6 @@ def convert(
         seconds=clock.seconds(),
         warnings=_warnings(edition, edition.scheme, requantized, to),
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Strips are too small for several threads of PyTorch's, which wait for each other at every one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _write(

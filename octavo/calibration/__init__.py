@@ -1,7 +1,7 @@
 """Text → tokens → layer inputs → statistics, streamed layer by layer."""
 
 from octavo.calibration.hidden import HiddenShape, HiddenStates, batch_sizes
-from octavo.calibration.stream import BATCH_TOKENS, CalibrationStream
+from octavo.calibration.stream import BATCH_TOKENS, CalibrationStream, batches_at_once
 from octavo.calibration.tokens import Calibration, load_tokens
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "HiddenShape",
     "HiddenStates",
     "batch_sizes",
+    "batches_at_once",
     "load_tokens",
 ]

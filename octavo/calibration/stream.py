@@ -26,6 +26,12 @@ BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
 _SYNCS = 4
 
 
+def batches_at_once(device: torch.device, cores: int) -> int:
+    """How many batches to compute at a time: one on each core of a CPU
+    (:func:`octavo.threads.one_thread_each`); on a GPU one is copied while another is computed."""
+    return 2 if device.type == "cuda" else cores
+
+
 class CalibrationStream:
     """The calibration samples' hidden states between decoder layers.
 
@@ -40,6 +46,7 @@ class CalibrationStream:
         directory: Path,
         target: Path,
         *,
+        workers: int = 1,
         source: Callable[[int], Tensor] | None = None,
     ) -> None:
         """
@@ -48,20 +55,16 @@ class CalibrationStream:
             shape: of the hidden states.
             directory: where the files are, those of an interrupted run or new ones.
             target: the output they are for, named in errors.
+            workers: batches at a time.
             source: gives the batches that go into the first pass, in the place of :meth:`embed`.
         """
         self._decoder, self._source = decoder, source
         self._states = [HiddenStates(directory / f"hidden-{n}", shape, target) for n in (0, 1)]
         self._kwargs = decoder.call_arguments(shape.seq_len)
-        # On a CPU each core works on a batch of its own: no operation waits for another thread,
-        # those that PyTorch does not parallelize run in parallel too, and a core that is busy
-        # elsewhere delays one batch instead of every operation. On a GPU one batch is copied while
-        # another is computed.
-        self._threads = threads = torch.get_num_threads()
-        workers = min(threads if decoder.device.type == "cpu" else 2, len(shape.batches))
-        self._pool = ThreadPoolExecutor(
-            workers, "octavo-layer", lambda: torch.set_num_threads(max(threads // workers, 1))
-        )
+        # A batch to each core: no operation waits for another thread, those that PyTorch does not
+        # parallelize run in parallel too, and a core that is busy elsewhere delays one batch instead of
+        # every operation.
+        self._pool = ThreadPoolExecutor(workers, "octavo-layer")
         self._disk = ThreadPoolExecutor(1, "octavo-hidden")
 
     def __enter__(self) -> Self:
@@ -72,8 +75,6 @@ class CalibrationStream:
         self._disk.shutdown(cancel_futures=True)
         for states in self._states:
             states.close()
-        # A thread's number of threads is also the default of threads to come.
-        torch.set_num_threads(self._threads)
 
     def embed(self, tokens: Tensor) -> None:
         """Fill the place in front of the first pass.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import pytest
+import torch
 from torch import Tensor
 
-from octavo import Calibration, quantize
+from octavo import Calibration, fp8, linear, load, quantize
 from octavo.engines import Engine, open_engine
+from octavo.engines.engine import TokenIds, TokenScores
+from octavo.engines.torch import TorchEngine
 from octavo.evaluation import load_tokens
 from octavo.evaluation.perplexity import perplexity
 from octavo.scheme import scheme_called
@@ -23,12 +27,46 @@ from octavo.scheme import scheme_called
 SEQ_LEN, WINDOWS = 512, 16
 
 Editions: TypeAlias = Callable[[str, str, str, bool], Path]
-Expected: TypeAlias = Callable[[str, str, bool], float]
+# Which tokens share a scale where inputs are scaled as they come: none, or all that vLLM reads in a step.
+Sharing: TypeAlias = Literal["token", "step"]
+Expected: TypeAlias = Callable[[str, str, bool, Sharing], float]
 
 
 def cost(engine: Engine, tokens: Tensor) -> float:
     """The perplexity of the text."""
     return perplexity(engine, tokens, seq_len=SEQ_LEN).perplexity
+
+
+class StepEngine(TorchEngine):
+    """Octavo's engine, reading what vLLM does in a step of one window: its last token too, which is only
+    predicted, but has a part in the scales of the step."""
+
+    def score(
+        self, sequences: Iterable[TokenIds], starts: Iterable[int] = itertools.repeat(1)
+    ) -> Iterator[TokenScores]:
+        longer = (torch.cat([one, one[-1:]]) for one in map(torch.as_tensor, sequences))
+        for scores in super().score(longer, starts):
+            yield TokenScores(scores.logprobs[:-1], scores.greedy[:-1])
+
+
+def cost_of_steps(edition: Path, tokens: Tensor) -> float:
+    """The perplexity of the text, with one scale for each input of a layer instead of one for each token."""
+    sizes = set()
+
+    def scale_of(rows: Tensor, static: Tensor | None) -> Tensor:
+        assert static is None
+        sizes.add(len(rows))
+        return fp8.scale_from_amax(fp8.amax(rows))
+
+    with (
+        closing(StepEngine(load(edition, "cpu")[0])) as engine,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(linear, "_scale_of", scale_of)
+        result = cost(engine, tokens)
+    # That is, of each window.
+    assert sizes == {SEQ_LEN}
+    return result
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,12 +115,14 @@ def editions(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Editions
 
 @pytest.fixture(scope="session")
 def expected(editions: Editions, tokens: Tensor) -> Expected:
-    """The text's perplexity in Octavo's own engine, of a scheme, a kind of KV cache and weight scales merged or
-    not: codes and scales are the same in every dialect."""
+    """The text's perplexity in Octavo's own engine, of a scheme, a kind of KV cache, weight scales merged or
+    not, and tokens that share input scales or not: codes and scales are the same in every dialect."""
 
     @cache
-    def run(kind: str, kv_cache: str, merged: bool) -> float:
+    def run(kind: str, kv_cache: str, merged: bool, sharing: Sharing) -> float:
         edition = editions("compressed-tensors", kind, kv_cache, merged)
+        if sharing == "step":
+            return cost_of_steps(edition, tokens)
         with closing(open_engine("torch", edition, "cpu")) as engine:
             return cost(engine, tokens)
 
