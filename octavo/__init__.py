@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from octavo.inspection import inspect
     from octavo.loading import load
     from octavo.pipeline import QuantizeResult, quantize
+    from octavo.planning import Plan, plan
     from octavo.publishing import report
     from octavo.sample import sample_model
     from octavo.scheme import Scheme
@@ -39,6 +40,8 @@ _HOMES = {
     "evaluate": "octavo.evaluation",
     "inspect": "octavo.inspection",
     "load": "octavo.loading",
+    "Plan": "octavo.planning",
+    "plan": "octavo.planning",
     "quantize": "octavo.pipeline",
     "report": "octavo.publishing",
     "sample_model": "octavo.sample",
@@ -51,6 +54,7 @@ __all__ = [
     "Calibration",
     "ConvertResult",
     "OctavoError",
+    "Plan",
     "QuantizeResult",
     "Scheme",
     "__version__",
@@ -60,6 +64,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "load",
+    "plan",
     "quantize",
     "report",
     "sample_model",

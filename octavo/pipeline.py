@@ -16,7 +16,13 @@ import transformers
 from torch import Tensor
 
 from octavo import canonical
-from octavo.calibration import BATCH_TOKENS, Calibration, CalibrationStream, load_tokens
+from octavo.calibration import (
+    BATCH_TOKENS,
+    Calibration,
+    CalibrationStream,
+    batches_at_once,
+    load_tokens,
+)
 from octavo.canonical import LayerPlan
 from octavo.checkpoint import CheckpointWriter, Journal, Workspace
 from octavo.checkpoint.hub import resolve_model
@@ -29,6 +35,7 @@ from octavo.resumption import check_same
 from octavo.scheme import Scheme
 from octavo.stage import Stage, carry_rest
 from octavo.stopwatch import Stopwatch
+from octavo.threads import one_thread_each
 from octavo.transfer import carry_files
 from octavo.version import __version__
 
@@ -146,9 +153,9 @@ def quantize(
             layout = job.layout()
             work = stack.enter_context(Workspace(target, overwrite=overwrite, resume=resume))
             journal = stack.enter_context(Journal(work.journal, target))
-            finished = _Finished()
-            stack.enter_context(_told(work, finished, len(job.plans)))
             check_same(journal, options, job.checkpoint, tokens)
+            finished = _Finished(sum("layer" in record for record in journal.records))
+            stack.enter_context(_told(work, finished, len(job.plans)))
             writer = stack.enter_context(
                 CheckpointWriter(work.place, layout, shard_size=shard_size, digest=True)
             )
@@ -194,7 +201,8 @@ def quantize(
 class _Finished:
     """How many layers are finished, those of an earlier run included."""
 
-    layers = 0
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
 
 
 class _Run(NamedTuple):
@@ -219,11 +227,22 @@ class _Run(NamedTuple):
 
 def _run_here(run: _Run) -> list[dict[str, Any]]:
     """All layers in this process, one to a pass."""
+    finished: set[int] = set()
+
+    def on_layer(index: int) -> None:
+        finished.add(index)
+        run.progress(len(finished))
+
     with ExitStack() as stack:
-        stream = None
+        cores, stream = stack.enter_context(one_thread_each()), None
         if run.tokens is not None:
-            shape = hidden_shape(run.job, run.tokens, run.settings)
-            stream = CalibrationStream(run.job.decoder, shape, run.work.directory, run.work.target)
+            stream = CalibrationStream(
+                run.job.decoder,
+                hidden_shape(run.job, run.tokens, run.settings),
+                run.work.directory,
+                run.work.target,
+                workers=batches_at_once(run.job.decoder.device, cores),
+            )
             stack.enter_context(stream)
         with run.clock("carry"):
             carry_rest(run.job, run.writer, run.journal)
@@ -236,8 +255,9 @@ def _run_here(run: _Run) -> list[dict[str, Any]]:
             writer=run.writer,
             journal=run.journal,
             read_ahead=run.settings.read_ahead,
+            cores=cores,
             clock=run.clock,
-        ).run(lambda index: run.progress(index + 1))
+        ).run(on_layer)
     return run.journal.records
 
 

@@ -61,12 +61,14 @@ def _changes(before: Any, now: Any) -> list[str]:
     """What differs, a clause each."""
     if not isinstance(before, dict) or not isinstance(now, dict):
         return [] if before == now else ["They are not the same tokens"]
-    names = [*before, *(name for name in now if name not in before)]
-    return [
-        f"{name}: {before.get(name, 'absent')} then, {now.get(name, 'absent')} now"
-        for name in names
-        if before.get(name, "absent") != now.get(name, "absent")
-    ]
+    changes = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        then, new = before.get(name, "absent"), now.get(name, "absent")
+        if isinstance(then, dict) and isinstance(new, dict):
+            changes += [f"{name} {change}" for change in _changes(then, new)]
+        elif then != new:
+            changes.append(f"{name}: {then} then, {new} now")
+    return changes
 
 
 def _versions() -> dict[str, str]:

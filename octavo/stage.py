@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Stage(NamedTuple):
         writer: takes the tensors.
         journal: of these layers.
         read_ahead: read the next pass while one computes, into memory of its own.
+        cores: strips of a weight that are cast at a time.
         clock: takes times by stage.
     """
 
@@ -51,6 +53,7 @@ class Stage(NamedTuple):
     writer: CheckpointWriter
     journal: Journal
     read_ahead: bool
+    cores: int
     clock: Stopwatch
 
     def run(
@@ -61,7 +64,7 @@ class Stage(NamedTuple):
         """Do all that the journal does not have.
 
         Args:
-            on_layer: called with the number of each layer that is finished, in order.
+            on_layer: called with the number of each layer once it is in the journal, from any thread.
             on_batch: called with each batch whose hidden states behind the last pass are there.
         """
         with self.clock("verify"):
@@ -77,24 +80,24 @@ class Stage(NamedTuple):
                 on_batch(batch)
         with (
             ThreadPoolExecutor(1, "octavo-write") as disk,
-            ThreadPoolExecutor(torch.get_num_threads(), "octavo-cast") as casts,
+            ThreadPoolExecutor(self.cores, "octavo-cast") as casts,
             closing(self._read(todo)) as loaded,
         ):
             lane = _Lane(disk)
-            for number, layers in enumerate(self.passes):
-                if number in todo:
-                    tensors = next(loaded)
-                    weights = self._measure(tensors, casts)
-                    if number >= begin:
-                        activations = self._calibrate(number, tensors, lane, on_batch)
-                    else:
-                        activations = _calibrated(self.journal, number)
-                    for index in layers:
-                        if index not in written:
-                            self._quantize(index, tensors, weights, activations, lane, casts)
-                    del tensors
-                for index in layers:
-                    on_layer(index)
+            for index in sorted(written):
+                on_layer(index)
+            for number in todo:
+                tensors = next(loaded)
+                weights = self._measure(tensors, casts)
+                if number >= begin:
+                    activations = self._calibrate(number, tensors, lane, on_batch)
+                else:
+                    activations = _calibrated(self.journal, number)
+                for index in self.passes[number]:
+                    if index not in written:
+                        self._quantize(index, tensors, weights, activations, lane, casts)
+                        lane.submit(partial(on_layer, index))
+                del tensors
             with self.clock("wait for disk"):
                 lane.drain()
 

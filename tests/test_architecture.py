@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "calibration": {"errors", "fp8", "fused", "checkpoint", "decoder", "tokenizer"},
     "preflight": {"errors", "checkpoint"},
+    "threads": set(),
     "memory": {"errors", "units"},
     "resumption": {"errors", "checkpoint", "version"},
     "job": {
@@ -42,9 +43,14 @@ ALLOWED: dict[str, set[str]] = {
     "stage": {"calibration", "canonical", "checkpoint", "job", "stopwatch", "transfer"},
     "cluster": {
         *("errors", "allocator", "calibration", "checkpoint", "job", "memory", "preflight"),
-        *("scheme", "stage", "stopwatch"),
+        *("scheme", "stage", "stopwatch", "threads"),
     },
     "shapes": {"errors"},
+    "devices": set(),
+    "planning": {
+        *("errors", "calibration", "canonical", "checkpoint", "cluster", "devices", "fp8", "fused"),
+        *("job", "memory", "preflight", "scheme", "shapes", "skeleton", "threads"),
+    },
     "synthesis": {"errors", "checkpoint", "shapes", "stopwatch"},
     "edition": {"errors", "checkpoint", "formats", "scheme"},
     "transfer": {"errors", "checkpoint", "edition"},
@@ -61,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "scheme",
         "skeleton",
         "stopwatch",
+        "threads",
         "transfer",
     },
     "linear": {"fp8", "kernels", "scheme"},
@@ -113,6 +120,7 @@ ALLOWED: dict[str, set[str]] = {
     - {
         *("cli", "console", "engines", "evaluation", "publishing", "reporting"),
         *("throughput", "benchmarking", "servers", "serving", "inspection", "verification"),
+        *("planning", "devices", "shapes", "synthesis"),
     },
 }
 

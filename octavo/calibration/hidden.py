@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from octavo.checkpoint.disk import explained, write_at
+from octavo.checkpoint.disk import explained, sync, write_at
 from octavo.errors import OctavoError
 
 
@@ -79,6 +79,7 @@ class HiddenStates:
         with explained(target, shape.nbytes):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             os.posix_fallocate(self._descriptor, 0, max(shape.nbytes, 1))
+            sync(path.parent)
 
     def read(self, index: int) -> Tensor:
         """Batch ``index``: ``[samples, seq_len, width]``."""

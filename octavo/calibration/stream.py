@@ -19,7 +19,7 @@ from octavo.fused import fused_kernels
 
 # Tokens computed at a time: enough to keep matrix products efficient, few enough that the
 # activations of a batch stay small.
-BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 # How often the hidden states of one pass are brought to the disk while it computes, so that little is left
 # to wait for at its end.

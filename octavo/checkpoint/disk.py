@@ -28,10 +28,11 @@ def explained(target: Path, nbytes: int) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = next(path for path in target.absolute().parents if path.exists())
-            needed = f"{target} needs {nbytes:,} bytes, " if nbytes else ""
+            needed = f"{nbytes:,}" if nbytes else "more"
             raise WriteError(
-                f"The disk that holds {where} is full: {needed}{shutil.disk_usage(where).free:,} are free now. "
-                "Free some space, or choose an output on another disk."
+                f"The disk that holds {where} is full: {target} needs {needed} bytes, "
+                f"{shutil.disk_usage(where).free:,} are free now. Free some space, or choose an output on "
+                "another disk."
             ) from error
         raise WriteError(
             f"Cannot write {target}: {error.strerror or error} "

@@ -71,8 +71,13 @@ class Journal:
         text = json.dumps(record).encode()
         line = b"%s %s\n" % (_checksum(text), text)
         with self._lock, explained(self._target, 0):
-            write_at(self._descriptor, memoryview(line), self._end)
-            os.fdatasync(self._descriptor)
+            try:
+                write_at(self._descriptor, memoryview(line), self._end)
+                os.fdatasync(self._descriptor)
+            except OSError:
+                # The system may show what it could not bring to the disk.
+                os.ftruncate(self._descriptor, self._end)
+                raise
             self._end += len(line)
             self.records.append(dict(record))
 

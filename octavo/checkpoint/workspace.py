@@ -5,10 +5,12 @@
     lock        locked by the one process that may write here
     journal     what is finished, for a run that can be resumed
     edition/    the output to be
+    whole       there once nothing of it is missing
     replaced    what was in the output's place, between the two renames of the end
 
 The output appears by a rename. Whatever moment a process dies at, either the old output or the new one is
-whole, here or in its place, and :class:`Workspace` finds its way from there.
+whole, here or in its place, and :class:`Workspace` finds its way from there. Each entry is on disk before
+anything relies on it.
 """
 
 from __future__ import annotations
@@ -60,17 +62,23 @@ class Workspace:
         self._published = False
         self._overwrite = overwrite
         self._replaced = self.directory / "replaced"
+        self._whole = self.directory / "whole"
         self._new_parents = [path for path in target.parents if not path.exists()]
-        if not resume or not self.journal.exists():
-            self._refuse_existing(nothing_to_resume=resume)
-        with explained(target, 0):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._acquire()
+        if not self.directory.exists():
+            self._refuse_existing(resume)
         try:
             with explained(target, 0):
-                self._settle(resume)
-                self.edition.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._lock = self._acquire()
         except BaseException:
+            self._remove_empty()
+            raise
+        try:
+            with explained(target, 0):
+                self._begin(resume)
+        except BaseException:
+            if not self.journal.exists():
+                self._remove()
             os.close(self._lock)
             raise
 
@@ -83,12 +91,16 @@ class Workspace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._published or error is None or not self.keeps(error):
-            self._clear()
-            with suppress(OSError):  # the first that is not empty ends it
-                for path in self._new_parents:
-                    path.rmdir()
-        os.close(self._lock)
+        try:
+            if error is None or not self.keeps(error):
+                self._remove()
+        except BaseException as interruption:
+            error = interruption
+            raise
+        finally:
+            os.close(self._lock)
+            if self._published and error is not None:
+                error.add_note(f"{self.target} is complete.")
 
     @property
     def place(self) -> Place:
@@ -98,7 +110,7 @@ class Workspace:
     def keeps(self, error: BaseException) -> bool:
         """Whether what has been done stays there when ``error`` ends the run."""
         mistake = isinstance(error, OctavoError) and not isinstance(error, WriteError)
-        return self.resumed or (self.keep and not mistake)
+        return not self._published and (self.resumed or (self.keep and not mistake))
 
     def publish(self) -> None:
         """Move the edition into the target's place; it must be on disk already.
@@ -106,9 +118,11 @@ class Workspace:
         Raises:
             OctavoError: the target appeared meanwhile, or cannot be replaced.
         """
-        self._refuse_existing(appeared=True)
+        self._refuse_existing()
         with explained(self.target, 0):
             sync(self.edition)
+            self._whole.touch()
+            sync(self.directory)
             with suppress(FileNotFoundError):
                 os.rename(self.target, self._replaced)
             try:
@@ -140,48 +154,64 @@ class Workspace:
                 ) from None
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    os.truncate(descriptor, 0)
-                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                     return descriptor
             os.close(descriptor)
 
-    def _settle(self, resume: bool) -> None:
-        """Take up what an earlier process left, or clear it away."""
+    def _begin(self, resume: bool) -> None:
+        """Take up what an earlier process left, or clear it away; all under the lock."""
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
         if self.journal.exists() and not resume and not self._overwrite:
             raise OctavoError(
                 f"{self.target} has been begun: {self.directory} holds an interrupted run. "
                 "Pass --resume to go on with it, or --overwrite to start over."
             )
-        if resume and self.journal.exists() and not self.edition.exists():
-            # It was renamed, but perhaps never synced: back into the order of things.
+        if resume and self.journal.exists() and self._whole.exists() and not self.edition.exists():
+            # Renamed at the end of a run that did not live to see it: once more.
             with suppress(FileNotFoundError):
                 os.rename(self.target, self.edition)
         self.resumed = resume and self.journal.exists() and self.edition.exists()
         if not self.resumed:
-            self._clear(keep_lock=True)
+            self._clear()
+        self._refuse_existing(resume)
+        self.edition.mkdir(exist_ok=True)
+        for path in (self.edition, self.directory, *self._new_parents):
+            sync(path.parent)
 
-    def _clear(self, *, keep_lock: bool = False) -> None:
-        """Remove what is in the directory, the journal first, and the directory."""
+    def _clear(self) -> None:
+        """Remove what is in the directory but the lock, the journal first."""
         self.journal.unlink(missing_ok=True)
         if os.path.lexists(self._replaced) and not os.path.lexists(self.target):
             os.rename(self._replaced, self.target)
-        for path in self.directory.iterdir() if self.directory.exists() else ():
+        for path in self.directory.iterdir():
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path)
             elif path.name != "lock":
                 # A link is replaced, what it leads to stays.
-                path.unlink(missing_ok=True)
-        if not keep_lock:
-            shutil.rmtree(self.directory, ignore_errors=True)
+                path.unlink()
 
-    def _refuse_existing(self, *, nothing_to_resume: bool = False, appeared: bool = False) -> None:
+    def _remove(self) -> None:
+        """Remove everything, as far as that is possible: the next run does the rest."""
+        with suppress(OSError):
+            self._clear()
+            (self.directory / "lock").unlink()
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        for path in (self.directory, *self._new_parents):
+            with suppress(OSError):
+                path.rmdir()
+
+    def _refuse_existing(self, resume: bool = False) -> None:
+        """Raise if something is where the output is to be, and may not be replaced."""
         if not os.path.lexists(self.target) or self._overwrite:
             return
-        if appeared:
+        if self.edition.exists():
             raise WriteError(
-                f"{self.target} appeared while it was being made. Move it away, or pass --overwrite to replace it."
+                f"{self.target} exists, and so does {self.directory}, where it is being made. Move it away, "
+                "or pass --overwrite to replace it."
             )
-        told = " and no interrupted run of it is left to resume" if nothing_to_resume else ""
+        told = " and no interrupted run of it is left to resume" if resume else ""
         raise OctavoError(
             f"{self.target} already exists{told}. Choose another output directory, "
             "or pass --overwrite to replace it."

@@ -1,6 +1,6 @@
 """The command line: parse, call the Python API, render. One file for each group of commands."""
 
-from octavo.cli import bench, convert, evaluate, inspect, quantize, report, serve, synth
+from octavo.cli import bench, convert, evaluate, inspect, plan, quantize, report, serve, synth
 from octavo.cli.program import app, main
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "main",
+    "plan",
     "quantize",
     "report",
     "serve",
