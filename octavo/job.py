@@ -112,12 +112,13 @@ def open_job(directory: Path, scheme: Scheme, format: str, device: torch.device)
     return Job(Edition(checkpoint), decoder, plans, format, dialect, target)
 
 
-def layer_shape(job: Job) -> LayerShape:
-    """What a run's memory depends on."""
+def layer_shape(job: Job, *, on_gpu: bool = False) -> LayerShape:
+    """What a run's memory on the host depends on. With a GPU, one tensor at a time goes through it."""
     sizes = [job.layer_bytes(index) for index in range(len(job.plans))]
     largest = max(job.checkpoint[name].nbytes for plan in job.plans for name in plan.tensors)
     itemsize = job.decoder.dtype.itemsize
-    return LayerShape.of(job.decoder.config, max(sizes), largest // itemsize, itemsize)
+    held = largest if on_gpu else max(sizes)
+    return LayerShape.of(job.decoder.config, held, largest // itemsize, itemsize)
 
 
 def hidden_shape(job: Job, tokens: Tensor, settings: Settings) -> HiddenShape:

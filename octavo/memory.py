@@ -88,11 +88,11 @@ def peak_memory(
         PROGRAM
         + buffers * shape.nbytes
         + _IN_FLIGHT * shape.largest
-        + (cores * _batch_memory(shape, settings, seq_len) if seq_len else 0)
+        + (cores * batch_memory(shape, settings, seq_len) if seq_len else 0)
     )
 
 
-def _batch_memory(shape: LayerShape, settings: Settings, seq_len: int) -> int:
+def batch_memory(shape: LayerShape, settings: Settings, seq_len: int) -> int:
     """Bytes of one batch inside a layer: the most that is alive at once, in attention or in the MLP."""
     tokens = max(settings.batch_tokens, seq_len)
     attention = 4 * shape.hidden + 4 * shape.heads + 4 * shape.cached

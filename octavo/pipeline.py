@@ -306,12 +306,13 @@ def _settings(
     job: Job, tokens: Tensor | None, kind: str, workers: int | None, max_memory: int | None
 ) -> Settings:
     return choose_settings(
-        layer_shape(job),
+        layer_shape(job, on_gpu=kind == "cuda"),
         max_memory,
         BATCH_TOKENS[kind],
-        seq_len=0 if tokens is None else tokens.shape[1],
+        # On a GPU batches and layers are in its own memory.
+        seq_len=0 if tokens is None or kind == "cuda" else tokens.shape[1],
         cores=worker_threads(workers or 1),
-        layers=len(job.plans),
+        layers=1 if kind == "cuda" else len(job.plans),
     )
 
 

@@ -32,7 +32,7 @@ from octavo.devices import DEVICES, DISK_READ, DISK_WRITE, LINK, MEMORY_SHARE, P
 from octavo.errors import OctavoError
 from octavo.fused import fused_kernels
 from octavo.job import Job, hidden_shape, layer_shape, open_job
-from octavo.memory import choose_settings, peak_memory
+from octavo.memory import Settings, batch_memory, choose_settings, peak_memory
 from octavo.preflight import pick_device
 from octavo.scheme import Scheme
 from octavo.shapes import SHAPES, shape_called
@@ -80,6 +80,7 @@ class Plan(NamedTuple):
         bytes_worked: hidden states written on the way.
         disk: what must be free: the edition, and two files of hidden states for each worker.
         peak_memory: of each process on its machine, an upper bound.
+        device_memory: of each GPU, an estimate: layers, and two batches; None on CPUs.
         layers_at_a_time: that each worker holds in memory.
         workers: how many.
         device: of each.
@@ -100,6 +101,7 @@ class Plan(NamedTuple):
     bytes_worked: int
     disk: int
     peak_memory: int
+    device_memory: int | None
     layers_at_a_time: int
     workers: int
     device: str
@@ -150,14 +152,15 @@ def plan(
         try:
             tokens = _tokens(job, calibration)
             seq_len = 0 if tokens is None else tokens.shape[1]
-            count = workers or 1
+            count, on_gpu = workers or 1, kind == "cuda"
+            host = layer_shape(job, on_gpu=on_gpu)
             settings = choose_settings(
-                layer_shape(job),
+                host,
                 max_memory,
                 BATCH_TOKENS[kind],
-                seq_len=seq_len,
+                seq_len=0 if on_gpu else seq_len,
                 cores=worker_threads(count),
-                layers=len(job.plans),
+                layers=1 if on_gpu else len(job.plans),
             )
             held = 1
             if workers is not None:
@@ -190,14 +193,14 @@ def plan(
                 bytes_worked=0 if hidden is None else hidden.nbytes * len(job.plans),
                 disk=written + (0 if hidden is None else 2 * count * hidden.nbytes),
                 peak_memory=peak_memory(
-                    layer_shape(job),
+                    host,
                     settings,
-                    # On a GPU batches are in its own memory.
-                    seq_len=seq_len if kind == "cpu" else 0,
+                    seq_len=0 if on_gpu else seq_len,
                     cores=worker_threads(count),
-                    layers=len(job.plans),
+                    layers=1 if on_gpu else len(job.plans),
                 )
-                + (held - 1) * layer_shape(job).nbytes,
+                + (0 if on_gpu else (held - 1) * host.nbytes),
+                device_memory=_device_memory(job, settings, seq_len, held) if on_gpu else None,
                 layers_at_a_time=held,
                 workers=count,
                 device=device if device in DEVICES else kind,
@@ -236,6 +239,14 @@ def simulate(
         arrived = done
         finish = max(finish, now)
     return finish
+
+
+def _device_memory(job: Job, settings: Settings, seq_len: int, held: int) -> int:
+    shape = layer_shape(job)
+    # A single layer is followed by the next, read ahead.
+    layers = 2 if held == 1 and len(job.plans) > 1 else held
+    batches = 2 * batch_memory(shape, settings, seq_len) if seq_len else 0
+    return layers * shape.nbytes + batches + shape.largest
 
 
 def _total(

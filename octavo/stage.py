@@ -218,16 +218,16 @@ class Stage(NamedTuple):
         Tensors are valid until the next are asked for: on a CPU they lie in buffers that take turns.
         """
         checkpoint, device = self.job.checkpoint, self.job.decoder.device
-        pinned = device.type == "cuda"
+        on_gpu = device.type == "cuda"
         ahead = self.read_ahead and len(todo) > 1
         names = {n: [t for i in self.passes[n] for t in self.job.plans[i].tensors] for n in todo}
-        sizes = [sum(checkpoint[name].nbytes for name in names[number]) for number in todo]
-        # On a GPU, what has been copied to it leaves the buffer free.
-        count = 2 if ahead and not pinned else 1
-        buffers = [
-            torch.empty(max(sizes, default=0), dtype=torch.uint8, pin_memory=pinned)
-            for _ in range(count)
-        ]
+        if on_gpu:
+            # One tensor at a time goes through it.
+            size, count = max(checkpoint[name].nbytes for n in todo for name in names[n]), 1
+        else:
+            size = max(sum(checkpoint[name].nbytes for name in names[n]) for n in todo)
+            count = 2 if ahead else 1
+        buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(count)]
 
         def read(position: int) -> dict[str, Tensor]:
             rest, tensors = buffers[position % count], {}
@@ -237,8 +237,11 @@ class Stage(NamedTuple):
             ):
                 nbytes = checkpoint[name].nbytes
                 tensors[name] = checkpoint.read(name, rest[:nbytes])
-                rest = rest[nbytes:]
-            return _to_gpu(tensors, device) if pinned else tensors
+                if on_gpu:
+                    tensors[name] = _upload(tensors[name], device)
+                else:
+                    rest = rest[nbytes:]
+            return tensors
 
         with ThreadPoolExecutor(1, "octavo-read") as reads:
             upcoming: Future[dict[str, Tensor]] | None = None
@@ -304,17 +307,16 @@ def carry_rest(job: Job, writer: CheckpointWriter, journal: Journal) -> None:
     journal.append({"carried": {name: writer.digests[name] for name in names}})
 
 
-def _to_gpu(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copies on the GPU, made on a stream of their own beside what is computed there."""
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the GPU, made on a stream of its own beside what is computed there."""
     new: Any = torch.cuda.Stream  # has no types
     stream = new(device)
     with torch.cuda.stream(stream):
-        copies = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        copy = tensor.to(device, non_blocking=True)
     stream.synchronize()
-    for copy in copies.values():
-        # Their memory is handed out again only when the streams that compute with it are done.
-        copy.record_stream(torch.cuda.default_stream(device))
-    return copies
+    # Its memory is handed out again only when what computes with it is done.
+    copy.record_stream(torch.cuda.default_stream(device))
+    return copy
 
 
 def _written(journal: Journal, writer: CheckpointWriter) -> set[int]:

@@ -113,7 +113,7 @@ def test_the_command(model: Path) -> None:
         (("llama-3.1-8b", "--device", "abacus"), "Expected auto, cpu or cuda"),
         (("llama-3.1-8b", "--device", "h200", "--workers", "33"), "decoder layers (32)"),
         (("llama-3.1-8b", "--device", "h200", "--format", "block-fp8"), "block-fp8"),
-        (("llama-3.1-8b", "--device", "h200", "--max-memory", "1GB"), "--max-memory"),
+        (("llama-3.1-8b", "--device", "h200", "--max-memory", "500MB"), "--max-memory"),
     ],
 )
 def test_bad_options(arguments: tuple[str, ...], fragment: str) -> None:

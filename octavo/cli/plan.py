@@ -88,6 +88,11 @@ def _table(found: Plan) -> Table:
             ("hidden states written on the way", format_bytes(found.bytes_worked)),
             ("free disk needed", format_bytes(found.disk)),
             ("peak memory of each process", format_bytes(found.peak_memory)),
+            *(
+                [("memory of each GPU, estimated", format_bytes(found.device_memory))]
+                if found.device_memory
+                else []
+            ),
             (
                 "rates",
                 ", ".join(f"{n} {r:.3g} {units.get(n, 'GB/s')}" for n, r in rates.items()),
