@@ -29,6 +29,9 @@ Layout = Mapping[str, Tensor]
 
 _PIECE = 4 << 20
 
+# Written at most before it is brought to the disk: the system is slow with more.
+_SYNC = 512 << 20
+
 
 def split_into_shards(layout: Layout, shard_size: int) -> list[list[str]]:
     """Consecutive names, as many to a shard as fit into ``shard_size`` bytes (at least one)."""
@@ -113,6 +116,7 @@ class CheckpointWriter:
         self._place = place
         self._places: dict[str, tuple[int, Entry]] = {}
         self._pending = set(layout)
+        self._unsynced = 0
         self.digests: dict[str, str] = {}
         self._hashers: dict[str, Any] | None = {} if digest else None
         # Tensors of several layers may arrive from several threads.
@@ -168,6 +172,11 @@ class CheckpointWriter:
             raise ValueError(f"{name}: write beyond the tensor's {place.nbytes} bytes")
         with self._explained():
             write_at(descriptor, data.numpy().data, position)
+        with self._lock:
+            self._unsynced += len(data)
+            due = self._unsynced >= _SYNC
+        if due:
+            self.sync()
         if self._hashers is not None:
             self._hashers.setdefault(name, xxhash.xxh3_128()).update(data.numpy().data)
 
@@ -202,6 +211,7 @@ class CheckpointWriter:
 
     def sync(self) -> None:
         """Bring what has been written so far to the disk."""
+        self._unsynced = 0
         with self._explained():
             for descriptor in self._descriptors:
                 os.fdatasync(descriptor)
