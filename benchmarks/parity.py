@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from benchmarks.common import CACHE, ROOT, run, sample_model, save
-from benchmarks.quantize_speed import modelopt_python
+from benchmarks.environments import peer_python
 
 _KINDS = ("input_scale", "k_scale", "v_scale")
 
@@ -48,7 +48,7 @@ def main() -> None:
     found = {
         "golden": {name: entry["value"] for name, entry in records.items() if name.endswith(_KINDS)}
     }
-    script = ROOT / "benchmarks" / "peers" / "modelopt_quantize.py"
+    script = ROOT / "benchmarks" / "peer_scripts" / "modelopt_quantize.py"
     octavo = Path(sys.executable).with_name("octavo")
     model = sample_model()
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
@@ -60,7 +60,7 @@ def main() -> None:
         found["octavo"] = scales(out / "octavo")
         for batch in ("1", "8"):
             target = out / f"modelopt{batch}"
-            run([modelopt_python(), script, model, tokens, target, batch], out / "log")
+            run([peer_python("modelopt"), script, model, tokens, target, batch], out / "log")
             found[f"modelopt, batch {batch}"] = scales(target)
     pairs = [
         ("octavo", "golden"),

@@ -9,32 +9,12 @@ Usage: python -m benchmarks.quantize_speed TOKENS.npy [--rounds 3]
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 from benchmarks.common import CACHE, ROOT, Run, median, run, sample_model, save
-
-# The version the golden files were made with; torch first, so that its CPU build is kept.
-MODELOPT = (
-    ("torch==2.13.0",),
-    ("nvidia-modelopt==0.47.0", "transformers==5.23.0", "accelerate", "datasets", "requests"),
-)
-
-
-def modelopt_python() -> Path:
-    """The interpreter of ModelOpt's environment."""
-    home = CACHE / "modelopt-env"
-    python = home / "bin" / "python"
-    if not (home / "ready").exists():
-        print("installing ModelOpt into its own environment …", flush=True)
-        venv.create(home, with_pip=True, clear=True)
-        for packages in MODELOPT:
-            subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
-        (home / "ready").touch()
-    return python
+from benchmarks.environments import peer_python
 
 
 def main() -> None:
@@ -42,8 +22,8 @@ def main() -> None:
     parser.add_argument("tokens", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    model, peer = sample_model(), modelopt_python()
-    script = ROOT / "benchmarks" / "peers" / "modelopt_quantize.py"
+    model, peer = sample_model(), peer_python("modelopt")
+    script = ROOT / "benchmarks" / "peer_scripts" / "modelopt_quantize.py"
     octavo = Path(sys.executable).with_name("octavo")
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         out = Path(scratch)

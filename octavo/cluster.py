@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -46,7 +47,7 @@ from octavo.stage import Stage
 from octavo.stopwatch import Stopwatch
 from octavo.threads import one_thread_each
 
-# Batches a worker asks for ahead, for each of its threads.
+# Batches a worker asks for ahead, for each that it computes at a time.
 _AHEAD = 2
 
 # How often a worker may die. One that cannot live at all should not be tried for ever.
@@ -70,11 +71,11 @@ _KNOCK_SECONDS = 10.0
 _LAST_LOOK_SECONDS = 5.0
 _CLEAR_SECONDS = 60.0
 
-# What Ray would do otherwise: send statistics home, tell on stdout of every worker that dies, and give workers
-# on this machine what other programs leave.
+# What Ray would do otherwise: send statistics home, tell on stdout of every worker and machine that dies, and
+# leave workers on this machine what other programs do not use.
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": r"^Task \w*Worker\.|^A worker died|low on memory",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": r"^(Task Worker\.|A worker died|Raylet is|The node with)|low on memory",
     "RAY_worker_niceness": "0",
 }
 
@@ -95,6 +96,7 @@ class Order(NamedTuple):
         format: a dialect's name.
         device: ``cpu`` or ``cuda``.
         threads: of the worker.
+        limited: whether no more threads may be given to it, for the memory they take.
         passes: numbers of the layers of each pass.
         read_ahead: read the next pass while one computes.
         shape: of the hidden states; None without calibration.
@@ -116,6 +118,7 @@ class Order(NamedTuple):
     format: str
     device: str
     threads: int
+    limited: bool
     passes: list[list[int]]
     read_ahead: bool
     shape: HiddenShape | None
@@ -123,6 +126,11 @@ class Order(NamedTuple):
     shard_size: int
     files: dict[str, str]
     begin: dict[str, Any]
+
+    @property
+    def at_once(self) -> int:
+        """Batches that the worker computes at a time."""
+        return batches_at_once(torch.device(self.device), self.threads)
 
 
 class Report(NamedTuple):
@@ -180,8 +188,9 @@ class Worker:
         try:
             self._outcome.set_result(self._run(order, before))
         except BaseException as error:
-            if socket.gethostname() != order.machine:
-                error.add_note(f"That was on {socket.gethostname()}.")
+            machine = socket.gethostname()
+            if machine != order.machine and machine not in str(error):
+                error.add_note(f"That was on {machine}.")
             self._outcome.set_exception(error)
         threading.Event().wait()
 
@@ -230,7 +239,7 @@ class Worker:
                     order.shape,
                     home,
                     order.target,
-                    workers=batches_at_once(job.decoder.device, order.threads),
+                    workers=order.at_once,
                     source=source,
                 )
                 stack.enter_context(stream)
@@ -311,7 +320,7 @@ class _Ahead:
     def __init__(self, before: Any, order: Order) -> None:
         assert order.shape is not None
         self._before, self._shape = before, order.shape
-        self._window = _AHEAD * order.threads
+        self._window = _AHEAD * order.at_once
         self._asked: dict[int, Any] = {}
         self._lock = threading.Lock()
 
@@ -393,6 +402,7 @@ def make_orders(
                 format=job.format,
                 device=device,
                 threads=worker_threads(workers),
+                limited=max_memory is not None,
                 passes=passes,
                 read_ahead=settings.read_ahead and size == 1,
                 shape=None if tokens is None else hidden_shape(job, tokens, settings),
@@ -501,18 +511,18 @@ def run_stages(
         OctavoError: Ray is not installed or has not enough to offer, or a stage's own error.
         OSError: a worker's.
     """
-    with (
-        _connected(orders, address) as ray,
-        _crew(ray, orders, on_report) as crew,
-        _plain_errors(ray),
-    ):
+    with ExitStack() as stack:
+        ray = stack.enter_context(_connected(orders, address))
+        orders = fit(orders, ray.nodes(), grow=address is not None)
+        crew = stack.enter_context(_crew(ray, orders, on_report))
+        stack.enter_context(_plain_errors(ray))
         results = [worker.result.remote() for worker in crew.workers]
         beside()
         pending = list(results)
         while pending:
             done, pending = ray.wait(pending, timeout=_POLL_SECONDS)
             ray.get(done)
-            crew.look()
+            crew.look(_POLL_SECONDS)
         outcomes: list[Outcome] = ray.get(results)
         on_report([outcome.report for outcome in outcomes])
         for worker, outcome in zip(crew.workers, outcomes, strict=True):
@@ -524,6 +534,40 @@ def run_stages(
     return [record for outcome in outcomes for record in outcome.records]
 
 
+def fit(orders: Sequence[Order], nodes: Sequence[Mapping[str, Any]], *, grow: bool) -> list[Order]:
+    """The orders for a cluster, with as many threads for each worker as there is room for all of them.
+
+    Args:
+        orders: with the threads that this machine would give.
+        nodes: of the cluster, as Ray lists them.
+        grow: whether there may be more.
+
+    Raises:
+        OctavoError: not even one thread for each has room.
+    """
+    machines = [node["Resources"] for node in nodes if node["Alive"]]
+    first = orders[0]
+    most = first.threads
+    if grow and not first.limited and first.device == "cpu":
+        most = max(int(offered.get("CPU", 0)) for offered in machines)
+    for threads in range(most, 0, -1):
+        needs = _needs(first._replace(threads=threads))
+        room = sum(_places(offered, needs) for offered in machines)
+        if room >= len(orders):
+            return [order._replace(threads=threads) for order in orders]
+    kind, count = next(iter(needs.items()))
+    offers = ", ".join(f"{offered.get(kind, 0):g}" for offered in machines)
+    raise OctavoError(
+        f"{len(orders)} workers take {count:g} {kind} each, and the machines of the Ray cluster ({offers} {kind}) "
+        f"have room for {room}. Ask for fewer workers, or add machines to the cluster."
+    )
+
+
+def _places(offered: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """How many workers a machine has room for."""
+    return min(int(offered.get(kind, 0) // count) for kind, count in needs.items())
+
+
 class _Crew:
     """The workers of a run, and what each last reported."""
 
@@ -532,7 +576,7 @@ class _Crew:
     ) -> None:
         self._ray, self._orders, self._on_report = ray, orders, on_report
         # While a worker runs, other threads of it answer.
-        serving = 1 + _AHEAD * max(order.threads for order in orders)
+        serving = 1 + _AHEAD * max(order.at_once for order in orders)
         for method, group in _GROUPS.items():
             ray.method(concurrency_group=group)(getattr(Worker, method))
         actor = ray.remote(
@@ -551,21 +595,25 @@ class _Crew:
             worker.run.remote(order, before)
             for worker, order, before in zip(self.workers, orders, befores, strict=False)
         ]
-        self._asked = [worker.report.remote() for worker in self.workers]
+        # Reports that have not arrived.
+        self._asked: dict[int, Any] = {}
         # Of those that are being started.
         self.reports = [Report(0, 0, "", True, 0)] * len(orders)
 
-    def look(self, patience: float = 0.0) -> None:
-        """Pass on every worker's latest report, of those that answer within so many seconds. What was finished
-        stays so, whatever happens to a worker."""
-        asked = list(self._asked)
-        ready, _ = self._ray.wait(asked, num_returns=len(asked), timeout=patience)
-        for number, answer in enumerate(asked):
+    def look(self, patience: float) -> None:
+        """Pass on every worker's report, of those that answer within so many seconds. What was finished stays so,
+        whatever happens to a worker."""
+        for number, worker in enumerate(self.workers):
+            if number not in self._asked:
+                self._asked[number] = worker.report.remote()
+        asked = dict(self._asked)
+        ready, _ = self._ray.wait(list(asked.values()), num_returns=len(asked), timeout=patience)
+        for number, answer in asked.items():
             if answer in ready:
+                del self._asked[number]
                 report: Report = self._ray.get(answer)
                 layers = max(report.layers, self.reports[number].layers)
                 self.reports[number] = report._replace(layers=layers)
-                self._asked[number] = self.workers[number].report.remote()
         self._on_report(self.reports)
 
     def stop(self) -> None:
@@ -637,7 +685,7 @@ def _needs(order: Order) -> dict[str, float]:
 
 @contextmanager
 def _connected(orders: Sequence[Order], address: str | None) -> Iterator[Any]:
-    """Ray, connected to a cluster that has room for all workers."""
+    """Ray, connected to a cluster."""
     if importlib.util.find_spec("ray") is None:
         raise OctavoError(
             "--workers needs Ray, which is not installed. Install it with `pip install 'octavo[cluster]'`."
@@ -661,7 +709,6 @@ def _connected(orders: Sequence[Order], address: str | None) -> Iterator[Any]:
             "leave --cluster out to use this machine alone."
         ) from error
     try:
-        _check_room(orders, ray.nodes())
         yield ray
     finally:
         ray.shutdown()
@@ -689,19 +736,6 @@ def _own_signals() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _check_room(orders: Sequence[Order], nodes: Sequence[Mapping[str, Any]]) -> None:
-    needs = _needs(orders[0])
-    machines = [node["Resources"] for node in nodes if node["Alive"]]
-    room = [min(int(of.get(kind, 0) // count) for kind, count in needs.items()) for of in machines]
-    if sum(room) < len(orders):
-        kind, count = next(iter(needs.items()))
-        offered = ", ".join(f"{of.get(kind, 0):g}" for of in machines)
-        raise OctavoError(
-            f"{len(orders)} workers take {count:g} {kind} each, and the machines of the Ray cluster ({offered} {kind}) "
-            f"have room for {sum(room)}. Ask for fewer workers, or add machines to the cluster."
-        )
-
-
 def _cores(orders: Sequence[Order]) -> int:
     return max(os.cpu_count() or 1, sum(int(_needs(order)["CPU"]) for order in orders))
 
@@ -722,15 +756,27 @@ def _plain_errors(ray: Any) -> Iterator[None]:
         if isinstance(cause, (OctavoError, OSError)):
             raise cause from None
         if isinstance(cause, ray.exceptions.RayActorError):
-            raise WriteError(
-                f"A worker died more than {_RESTARTS} times: {one_line(cause)}. "
-                "Look at Ray's logs for why (memory?), and mend that."
-            ) from error
+            raise _obituary(str(cause)) from error
         if isinstance(cause, ray.exceptions.RayError):
             raise WriteError(
                 f"The Ray cluster failed: {one_line(cause)}. Look at Ray's logs."
             ) from error
         raise
+
+
+def _obituary(text: str) -> OctavoError:
+    """What to say of a worker that Ray does not start again, from what Ray says."""
+    found = re.search(r"\bip[:=] ?([\w.:]+)", text)
+    place = f" on {found[1]}" if found else ""
+    if "creation task" in text:
+        return OctavoError(
+            f"A worker{place} could not be started: {text.splitlines()[-1].strip()}. Install the same version of "
+            "Octavo on every machine of the cluster."
+        )
+    return WriteError(
+        f"A worker{place} died more than {_RESTARTS} times. If the system ended it for want of memory, which the "
+        "kernel's log would tell, pass a smaller --max-memory; otherwise look at Ray's logs there."
+    )
 
 
 def _tensors(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:

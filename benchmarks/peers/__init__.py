@@ -1,1 +1,0 @@
-"""Programs that run a peer in its own environment."""

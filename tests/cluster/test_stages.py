@@ -1,0 +1,70 @@
+"""Workers are to write what a single process writes, reading each layer once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cluster.conftest import Alone, Quantize
+from cluster.watched import Fault, Watch
+from octavo.checkpoint import Checkpoint
+from tiny import contents
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "format", "workers"),
+    [
+        ("llama", "fp8", "modelopt", 3),
+        ("qwen2", "fp8", "tensorrt-llm", 2),  # biases; merged scales, fused tensors
+        ("llama", "fp8-dynamic", "compressed-tensors", 2),  # without calibration
+    ],
+)
+def test_workers_write_what_one_process_writes(
+    spread: Quantize,
+    alone: Alone,
+    tmp_path: Path,
+    model: str,
+    scheme: str,
+    format: str,
+    workers: int,
+) -> None:
+    expected = alone(model, scheme=scheme, format=format)
+    spread(tmp_path / "output", model, scheme=scheme, format=format, workers=workers)
+    assert contents(tmp_path / "output") == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output"]
+
+
+def test_each_layer_is_read_once_and_stages_overlap(
+    spread: Quantize, alone: Alone, models: Path, watch: Watch
+) -> None:
+    watch.arrange(
+        # The first worker has done a few batches of its last pass, and waits until the second has done one.
+        Fault(0, "pwritev", "hidden-1", 24 + 5, 1),
+        Fault(1, "pwritev", "hidden-1", 1, "pass"),
+    )
+    spread(watch.target)
+    assert contents(watch.target) == alone()
+    assert watch.struck() == {0, 1}
+
+    checkpoint = Checkpoint(models / "llama")
+    reads = [call for call in watch.calls() if call.path.startswith(str(models / "llama"))]
+    read: Counter[tuple[str, int]] = Counter()
+    for call in reads:
+        tensor = next(
+            name
+            for name in checkpoint
+            if str(checkpoint.file_of(name)) == call.path
+            and checkpoint[name].start <= call.start < checkpoint[name].end
+        )
+        assert call.end <= checkpoint[tensor].end
+        read[tensor, call.stage] += call.end - call.start
+    layers = {name: name.split(".")[2] for name in checkpoint if ".layers." in name}
+    assert {name: read.pop((name, int(layer) // 3)) for name, layer in layers.items()} == {
+        name: checkpoint[name].nbytes for name in layers
+    }
+    # Besides, only the first reads rows of the embedding.
+    assert list(read) == [("model.embed_tokens.weight", 0)]
