@@ -549,7 +549,7 @@ def fit(orders: Sequence[Order], nodes: Sequence[Mapping[str, Any]], *, grow: bo
     first = orders[0]
     most = first.threads
     if grow and not first.limited and first.device == "cpu":
-        most = max(int(offered.get("CPU", 0)) for offered in machines)
+        most = max([1, *(int(offered.get("CPU", 0)) for offered in machines)])
     for threads in range(most, 0, -1):
         needs = _needs(first._replace(threads=threads))
         room = sum(_places(offered, needs) for offered in machines)
@@ -599,6 +599,8 @@ class _Crew:
         self._asked: dict[int, Any] = {}
         # Of those that are being started.
         self.reports = [Report(0, 0, "", True, 0)] * len(orders)
+        # Whether there may be directories of workers' own.
+        self.scattered = orders[0].resumed
 
     def look(self, patience: float) -> None:
         """Pass on every worker's report, of those that answer within so many seconds. What was finished stays so,
@@ -614,6 +616,7 @@ class _Crew:
                 report: Report = self._ray.get(answer)
                 layers = max(report.layers, self.reports[number].layers)
                 self.reports[number] = report._replace(layers=layers)
+                self.scattered |= not report.shared
         self._on_report(self.reports)
 
     def stop(self) -> None:
@@ -643,22 +646,25 @@ def _crew(
         raise
     finally:
         crew.stop()
-        if not keep and not all(report.shared for report in crew.reports):
+        if crew.scattered and not keep:
             _clear_machines(ray, orders)
 
 
 def _clear_machines(ray: Any, orders: Sequence[Order]) -> None:
-    """Have what workers made in directories of their own removed, of those that were moved since too."""
+    """Have what workers made in directories of their own removed from all other machines: some may have been
+    elsewhere before."""
     clear = ray.remote(num_cpus=0)(clear_machine)
     place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     told = [order._replace(tokens=None) for order in orders]
+    here = ray.get_runtime_context().get_node_id()
     with suppress(ray.exceptions.RayError):
         asked = [
             clear.options(scheduling_strategy=place(node["NodeID"], soft=False)).remote(told)
             for node in ray.nodes()
-            if node["Alive"]
+            if node["Alive"] and node["NodeID"] != here
         ]
-        ray.wait(asked, num_returns=len(asked), timeout=_CLEAR_SECONDS)
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=_CLEAR_SECONDS)
 
 
 def clear_machine(orders: Sequence[Order]) -> None:
@@ -756,7 +762,7 @@ def _plain_errors(ray: Any) -> Iterator[None]:
         if isinstance(cause, (OctavoError, OSError)):
             raise cause from None
         if isinstance(cause, ray.exceptions.RayActorError):
-            raise _obituary(str(cause)) from error
+            raise _given_up(str(cause)) from error
         if isinstance(cause, ray.exceptions.RayError):
             raise WriteError(
                 f"The Ray cluster failed: {one_line(cause)}. Look at Ray's logs."
@@ -764,7 +770,7 @@ def _plain_errors(ray: Any) -> Iterator[None]:
         raise
 
 
-def _obituary(text: str) -> OctavoError:
+def _given_up(text: str) -> OctavoError:
     """What to say of a worker that Ray does not start again, from what Ray says."""
     found = re.search(r"\bip[:=] ?([\w.:]+)", text)
     place = f" on {found[1]}" if found else ""

@@ -104,6 +104,7 @@ def test_refused(
         ([8, 4], 4, 1, True, False, 2),
         ([4, 4], 2, 16, True, False, 4),  # a driver with more cores than they have
         ([4, 0], 4, 16, True, True, 1),
+        ([1], 1, 4, True, False, 1),
     ],
 )
 def test_workers_get_the_threads_that_there_is_room_for(
@@ -122,6 +123,8 @@ def test_workers_get_the_threads_that_there_is_room_for(
     assert [order.threads for order in found] == [threads] * workers
     with pytest.raises(OctavoError, match=f"have room for {sum(cores)}"):
         cluster.fit(asked * (sum(cores) + 1), nodes, grow=grow)
+    with pytest.raises(OctavoError, match="have room for 0"):
+        cluster.fit(asked, [dead], grow=grow)
 
 
 def test_each_worker_takes_a_gpu(orders: list[cluster.Order]) -> None:

@@ -77,6 +77,6 @@ def test_a_machine_without_octavo(
     vars(here_only)["Worker"] = worker
     monkeypatch.setitem(sys.modules, "here_only", here_only)
     monkeypatch.setattr(cluster, "Worker", worker)
-    with pytest.raises(OctavoError, match="could not be started: .*No module named 'here_only'"):
+    with pytest.raises(OctavoError, match=r"could not be started: .*No module named 'here_only'"):
         spread(tmp_path / "output")
     assert list(tmp_path.iterdir()) == []
