@@ -59,7 +59,14 @@ class CalibrationStream:
             source: gives the batches that go into the first pass, in the place of :meth:`embed`.
         """
         self._decoder, self._source = decoder, source
-        self._states = [HiddenStates(directory / f"hidden-{n}", shape, target) for n in (0, 1)]
+        with ExitStack() as opened:
+            self._states = []
+            for number in (0, 1):
+                states = HiddenStates(directory / f"hidden-{number}", shape, target)
+                opened.callback(states.close)
+                self._states.append(states)
+            # Kept open, now that there was room for both.
+            opened.pop_all()
         self._kwargs = decoder.call_arguments(shape.seq_len)
         # A batch to each core: no operation waits for another thread, those that PyTorch does not
         # parallelize run in parallel too, and a core that is busy elsewhere delays one batch instead of
