@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint test-fast test-real test-cluster test-browser test-lm-eval test-peers test-vllm clean
+.PHONY: demo test lint test-fast test-faults test-real test-cluster test-browser test-lm-eval test-peers test-vllm clean
 
 demo: .venv/ready
 	@test -d .cache/demo/smollm2-bf16 || $(BIN)/octavo sample-model .cache/demo/smollm2-bf16
@@ -12,7 +12,7 @@ demo: .venv/ready
 	@for edition in bf16 fp8; do echo "$$edition:"; \
 		$(BIN)/octavo generate .cache/demo/smollm2-$$edition "The capital of France is" --max-tokens 24; done
 
-test: lint test-fast test-real test-cluster test-browser test-lm-eval test-peers test-vllm
+test: lint test-fast test-faults test-real test-cluster test-browser test-lm-eval test-peers test-vllm
 
 lint: .venv/ready
 	$(BIN)/ruff format --check --quiet .
@@ -21,7 +21,11 @@ lint: .venv/ready
 
 # Unit and property tests on tiny random models.
 test-fast: .venv/ready
-	$(BIN)/pytest -m "not real_model and not browser and not lm_eval and not peer and not vllm and not cluster"
+	$(BIN)/pytest -m "not real_model and not browser and not lm_eval and not peer and not vllm and not cluster and not faults"
+
+# Runs that are killed, lose power or may not write, at every kind of point, and resumed.
+test-faults: .venv/ready
+	$(BIN)/pytest -m faults
 
 # SmolLM2-135M-Instruct, and the files the reference tools wrote for it.
 test-real: .venv/ready

@@ -30,6 +30,8 @@ from octavo.checkpoint import Journal
 from octavo.memory import PROGRAM
 from spoiling import edit_json
 
+pytestmark = pytest.mark.faults
+
 LAYERS = 3
 WORK = ".out.octavo"
 JOURNAL, LOCK, EDITION = f"{WORK}/journal", f"{WORK}/lock", f"{WORK}/edition"
