@@ -83,6 +83,17 @@ class Job(NamedTuple):
         """Bytes of a decoder layer in the checkpoint."""
         return sum(self.checkpoint[name].nbytes for name in self.plans[index].tensors)
 
+    def unit_bytes(self, index: int) -> int:
+        """Bytes of the largest group of tensors of a decoder layer that is quantized and stored together."""
+        plan, units = self.plans[index], canonical.units(self.plans[index], self.dialect.fuses)
+        weights = {f"{module}.weight" for module in plan.linears}
+
+        def nbytes(name: str) -> int:
+            entry = self.checkpoint[name]
+            return entry.nbytes // (entry.dtype.itemsize if name in weights else 1)
+
+        return max(sum(map(nbytes, unit)) for unit in units)
+
 
 def open_job(directory: Path, scheme: Scheme, format: str, device: torch.device) -> Job:
     """Open a checkpoint and plan its quantization; nothing but headers is read.
@@ -114,11 +125,21 @@ def open_job(directory: Path, scheme: Scheme, format: str, device: torch.device)
 
 def layer_shape(job: Job, *, on_gpu: bool = False) -> LayerShape:
     """What a run's memory on the host depends on. With a GPU, one tensor at a time goes through it."""
-    sizes = [job.layer_bytes(index) for index in range(len(job.plans))]
-    largest = max(job.checkpoint[name].nbytes for plan in job.plans for name in plan.tensors)
-    itemsize = job.decoder.dtype.itemsize
-    held = largest if on_gpu else max(sizes)
-    return LayerShape.of(job.decoder.config, held, largest // itemsize, itemsize)
+    checkpoint, dtype = job.checkpoint, job.decoder.dtype
+    sizes = [[checkpoint[name].nbytes for name in plan.tensors] for plan in job.plans]
+    copied = [
+        [checkpoint[name].nbytes for name in plan.tensors if checkpoint[name].dtype != dtype]
+        for plan in job.plans
+    ]
+    return LayerShape.of(
+        job.decoder.config,
+        nbytes=max(map(max, sizes)) if on_gpu else max(map(sum, sizes)),
+        largest=max(job.unit_bytes(index) for index in range(len(job.plans))),
+        itemsize=dtype.itemsize,
+        copied=max(map(sum, copied)),
+        # A GPU leaves the host nothing to compute.
+        fused=on_gpu or dtype == torch.bfloat16,
+    )
 
 
 def hidden_shape(job: Job, tokens: Tensor, settings: Settings) -> HiddenShape:

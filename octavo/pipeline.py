@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,14 @@ from octavo.checkpoint.hub import resolve_model
 from octavo.cluster import Order, Report, make_orders, run_stages, worker_device, worker_threads
 from octavo.errors import OctavoError
 from octavo.job import Job, hidden_shape, layer_shape, open_job
-from octavo.memory import Settings, choose_settings, peak_resident
+from octavo.memory import (
+    Settings,
+    check_text,
+    choose_settings,
+    peak_resident,
+    program_memory,
+    release,
+)
 from octavo.preflight import check_target, pick_device
 from octavo.resumption import check_same
 from octavo.scheme import Scheme
@@ -134,6 +142,7 @@ def quantize(
             job = open_job(source, scheme, format, _own_device(device, workers))
             stack.callback(job.checkpoint.close)
         with clock("tokenize"):
+            _check_text(job, calibration, max_memory)
             tokens = _load_tokens(job, calibration)
         kind = job.decoder.device.type if workers is None else worker_device(device)
         settings = _settings(job, tokens, kind, workers, max_memory)
@@ -241,7 +250,8 @@ def _run_here(run: _Run) -> list[dict[str, Any]]:
                 hidden_shape(run.job, run.tokens, run.settings),
                 run.work.directory,
                 run.work.target,
-                workers=batches_at_once(run.job.decoder.device, cores),
+                workers=batches_at_once(run.job.decoder.device, min(cores, run.settings.workers)),
+                before_batch=partial(release, run.settings.threshold),
             )
             stack.enter_context(stream)
         with run.clock("carry"):
@@ -257,6 +267,7 @@ def _run_here(run: _Run) -> list[dict[str, Any]]:
             read_ahead=run.settings.read_ahead,
             cores=cores,
             clock=run.clock,
+            before_unit=partial(release, run.settings.threshold),
         ).run(on_layer)
     return run.journal.records
 
@@ -305,15 +316,30 @@ def _own_device(device: str, workers: int | None) -> torch.device:
 def _settings(
     job: Job, tokens: Tensor | None, kind: str, workers: int | None, max_memory: int | None
 ) -> Settings:
+    # On a GPU batches and layers are in its own memory.
+    on_gpu = kind == "cuda"
+    samples, seq_len = (0, 0) if tokens is None or on_gpu else tokens.shape
     return choose_settings(
-        layer_shape(job, on_gpu=kind == "cuda"),
+        layer_shape(job, on_gpu=on_gpu),
         max_memory,
         BATCH_TOKENS[kind],
-        # On a GPU batches and layers are in its own memory.
-        seq_len=0 if tokens is None or kind == "cuda" else tokens.shape[1],
+        seq_len=seq_len,
         cores=worker_threads(workers or 1),
-        layers=1 if kind == "cuda" else len(job.plans),
+        layers=1 if on_gpu else len(job.plans),
+        samples=samples,
+        rows=0 if tokens is None else len(torch.unique(tokens)),
+        program=program_memory(),
     )
+
+
+def _check_text(job: Job, calibration: Calibration, max_memory: int | None) -> None:
+    """Raise if tokenizing takes more than a run may. Documents of one file each are known beforehand."""
+    source = Path(calibration.source)
+    if not job.scheme.needs_calibration or source.suffix == ".npy":
+        return
+    files = [job.checkpoint.directory / "tokenizer.json", source]
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in files]
+    check_text(max_memory, sizes[0], sizes[1] if source.suffix in (".txt", ".raw") else 0)
 
 
 def _load_tokens(job: Job, calibration: Calibration) -> Tensor | None:

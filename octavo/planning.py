@@ -151,7 +151,9 @@ def plan(
         job = open_job(directory, scheme, format, torch.device("cpu"))
         try:
             tokens = _tokens(job, calibration)
-            seq_len = 0 if tokens is None else tokens.shape[1]
+            samples, seq_len = (0, 0) if tokens is None else tokens.shape
+            # Which tokens occur is not known: at most all of the vocabulary.
+            rows = min(samples * seq_len, job.decoder.config.vocab_size)
             count, on_gpu = workers or 1, kind == "cuda"
             host = layer_shape(job, on_gpu=on_gpu)
             settings = choose_settings(
@@ -161,6 +163,8 @@ def plan(
                 seq_len=0 if on_gpu else seq_len,
                 cores=worker_threads(count),
                 layers=1 if on_gpu else len(job.plans),
+                samples=samples,
+                rows=rows,
             )
             held = 1
             if workers is not None:
@@ -196,8 +200,10 @@ def plan(
                     host,
                     settings,
                     seq_len=0 if on_gpu else seq_len,
-                    cores=worker_threads(count),
+                    cores=settings.workers,
                     layers=1 if on_gpu else len(job.plans),
+                    samples=samples,
+                    rows=rows,
                 )
                 + (0 if on_gpu else (held - 1) * host.nbytes),
                 device_memory=_device_memory(job, settings, seq_len, held) if on_gpu else None,
@@ -242,7 +248,7 @@ def simulate(
 
 
 def _device_memory(job: Job, settings: Settings, seq_len: int, held: int) -> int:
-    shape = layer_shape(job)
+    shape = layer_shape(job)._replace(fused=False)
     # A single layer is followed by the next, read ahead.
     layers = 2 if held == 1 and len(job.plans) > 1 else held
     batches = 2 * batch_memory(shape, settings, seq_len) if seq_len else 0

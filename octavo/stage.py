@@ -22,6 +22,7 @@ from octavo import canonical
 from octavo.calibration import CalibrationStream
 from octavo.checkpoint import CheckpointWriter, Journal
 from octavo.job import Job
+from octavo.memory import release
 from octavo.stopwatch import Stopwatch
 from octavo.transfer import carry_tensors, meta
 
@@ -43,6 +44,7 @@ class Stage(NamedTuple):
         read_ahead: read the next pass while one computes, into memory of its own.
         cores: strips of a weight that are cast at a time.
         clock: takes times by stage.
+        before_unit: called before each group of tensors that is quantized.
     """
 
     job: Job
@@ -55,6 +57,7 @@ class Stage(NamedTuple):
     read_ahead: bool
     cores: int
     clock: Stopwatch
+    before_unit: Callable[[], None] = lambda: None
 
     def run(
         self,
@@ -116,6 +119,8 @@ class Stage(NamedTuple):
         if self.tokens is not None:
             with self.clock("embed"):
                 self.stream.embed(self.tokens)
+            # The embedding's rows, before there are layers.
+            release()
         return 0
 
     def _measure(self, tensors: Mapping[str, Tensor], casts: ThreadPoolExecutor) -> dict[str, Any]:
@@ -194,6 +199,7 @@ class Stage(NamedTuple):
             lane.submit(lambda: write(encoded))
 
         for unit in canonical.units(plan, self.job.dialect.fuses):
+            self.before_unit()
             with self.clock("quantize"):
                 folded, noise = canonical.quantize_unit(
                     unit, tensors, amax, activations, scheme, casts.map

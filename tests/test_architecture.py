@@ -34,13 +34,13 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"errors", "fp8", "fused", "checkpoint", "decoder", "tokenizer"},
     "preflight": {"errors", "checkpoint"},
     "threads": set(),
-    "memory": {"errors", "units"},
+    "memory": {"errors", "calibration", "units"},
     "resumption": {"errors", "checkpoint", "version"},
     "job": {
         *("errors", "calibration", "canonical", "checkpoint", "decoder", "edition", "formats"),
         *("memory", "preflight", "scheme", "transfer"),
     },
-    "stage": {"calibration", "canonical", "checkpoint", "job", "stopwatch", "transfer"},
+    "stage": {"calibration", "canonical", "checkpoint", "job", "memory", "stopwatch", "transfer"},
     "cluster": {
         *("errors", "allocator", "calibration", "checkpoint", "job", "memory", "preflight"),
         *("scheme", "stage", "stopwatch", "threads"),

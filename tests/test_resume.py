@@ -660,7 +660,7 @@ class TestChanged:
             ("--seq-len", "8"): "calibration seq_len: None then, 8 now",
             ("--seed", "1"): "calibration seed: 0 then, 1 now",
             # Too little for a batch of the usual size.
-            ("--max-memory", f"{PROGRAM // 1000 + 700}kB"): "tokens in a batch",
+            ("--max-memory", f"{PROGRAM // 1000 + 1530}kB"): "tokens in a batch",
             ("--shard-size", "60kB"): "shard size: 5000000000 then, 60000 now",
             ("--kv-cache", "none"): "scheme kv_cache: fp8 then, none now",
             ("--exclude", "*.q_proj"): "scheme exclude: [] then, ['*.q_proj'] now",

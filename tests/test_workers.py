@@ -42,7 +42,7 @@ def test_layers_are_split_into_contiguous_runs(layers: int, data: st.DataObject)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_as_many_layers_are_held_as_memory_allows(tiny_llama: Path, count: int) -> None:
     job = open_job(tiny_llama, Scheme(), "modelopt", pick_device("cpu"))
-    settings = Settings(batch_tokens=64, read_ahead=True)
+    settings = Settings(batch_tokens=64, read_ahead=True, workers=1, threshold=1 << 60)
     shape = layer_shape(job)
     cores = cluster.worker_threads(2)
     one = settings._replace(read_ahead=False)
@@ -141,6 +141,6 @@ def orders(tiny_llama: Path, tmp_path: Path) -> Iterator[list[cluster.Order]]:
     job = open_job(
         tiny_llama, scheme_called("fp8-dynamic"), "compressed-tensors", pick_device("cpu")
     )
-    settings = Settings(batch_tokens=64, read_ahead=True)
+    settings = Settings(batch_tokens=64, read_ahead=True, workers=1, threshold=1 << 60)
     with Workspace(tmp_path / "output") as work:
         yield cluster.make_orders(job, None, settings, "cpu", 2, None, work, 10**9, {})

@@ -47,6 +47,7 @@ class CalibrationStream:
         target: Path,
         *,
         workers: int = 1,
+        before_batch: Callable[[], None] = lambda: None,
         source: Callable[[int], Tensor] | None = None,
     ) -> None:
         """
@@ -56,9 +57,10 @@ class CalibrationStream:
             directory: where the files are, those of an interrupted run or new ones.
             target: the output they are for, named in errors.
             workers: batches at a time.
+            before_batch: called before each of them, in each pass.
             source: gives the batches that go into the first pass, in the place of :meth:`embed`.
         """
-        self._decoder, self._source = decoder, source
+        self._decoder, self._source, self._before_batch = decoder, source, before_batch
         with ExitStack() as opened:
             self._states = []
             for number in (0, 1):
@@ -129,6 +131,7 @@ class CalibrationStream:
 
         @torch.inference_mode()
         def step(index: int) -> None:
+            self._before_batch()
             with _own_stream(device):
                 hidden = source(index).to(device, non_blocking=True)
                 for module, number in zip(modules, layers, strict=True):
