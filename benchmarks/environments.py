@@ -17,7 +17,8 @@ from benchmarks.common import CACHE
 # First, so that its CPU build is kept: by default the peers' requirements bring CUDA's libraries.
 _TORCH = "torch==2.13.0"
 
-# Under the names of their directories. The versions are those that the golden files were made with.
+# Under the names of their directories. The tools' versions are those that the golden files were made with;
+# llmcompressor allows no later transformers.
 PEERS = {
     "modelopt": (
         "nvidia-modelopt==0.47.0",

@@ -30,8 +30,8 @@ start to exit, alternating, on one machine with {cores} cores ({cpu}), {memory_g
 
 Calibrated: static FP8 weights and inputs, a scale for each tensor, and FP8 keys and values, of every linear
 layer but the head. What each tool wrote is checked: every weight in FP8 with its scales, and scales equal to
-Octavo's up to rounding. Medians of {rounds} rounds, but for what is
-slow or there for its memory alone, which ran once.
+Octavo's up to rounding. Medians of {rounds} rounds; what is slow or there for its memory alone ran in the first
+only.
 
 - **memory**: the most that was resident, of all a tool's processes together. **without files**: of that, without
   pages of files, which the system drops when it needs the room.
@@ -62,16 +62,15 @@ def write_page(results: Path) -> None:
     result = json.loads(results.read_text())
     sections = result["sections"]
     parts = [_introduction(result), *(_section(section) for section in sections.values())]
-    if {"1b", "growth"} <= sections.keys():
-        parts.append(_growth(sections["growth"], sections["1b"]))
-    commands = {
-        name: command.format_map(_Placeholders(section))
+    small, large = sections.get("growth"), sections.get("1b")
+    if small and large and all(small[key] == large[key] for key in ("samples", "seq_len")):
+        parts.append(_growth(small, large))
+    rows = {  # each once
+        f"| {name} | `{command.format_map(_Placeholders(section))}` |\n": None
         for section in sections.values()
         for name, command in section["commands"].items()
     }
-    parts.append(
-        _HOW + "".join(f"| {name} | `{command}` |\n" for name, command in commands.items())
-    )
+    parts.append(_HOW + "".join(rows))
     results.with_suffix(".md").write_text("\n".join(parts))
 
 
