@@ -105,12 +105,14 @@ class Settings(NamedTuple):
         read_ahead: read the next layer while one computes.
         workers: batches computed at a time; results do not depend on it.
         threshold: bytes the process may take before it hands back what is free.
+        held: layers in memory at a time, without reading ahead.
     """
 
     batch_tokens: int
     read_ahead: bool
     workers: int
     threshold: int
+    held: int = 1
 
 
 class _Need(NamedTuple):
@@ -251,6 +253,27 @@ def choose_settings(
     return settings._replace(threshold=threshold)
 
 
+def hold_more(
+    shape: LayerShape,
+    settings: Settings,
+    limit: int,
+    *,
+    seq_len: int,
+    layers: int,
+    samples: int | None = None,
+    program: int = PROGRAM,
+) -> Settings:
+    """The same settings, with as many layers in memory at a time as stay below ``limit`` bytes, rather than
+    the next read ahead. For the rest see :func:`choose_settings`, which chose them."""
+    fewest = settings._replace(read_ahead=False)
+    need = _need(shape, fewest, seq_len, samples, layers, program)
+    more = (limit - need.usual - need.growth) // (shape.nbytes + shape.copied)
+    if more < 1 or layers == 1:
+        return settings
+    fewest = fewest._replace(held=min(1 + more, layers))
+    return fewest._replace(threshold=_need(shape, fewest, seq_len, samples, layers, program).usual)
+
+
 def check_text(limit: int | None, tokenizer: int, text: int) -> None:
     """Refuse a text that takes more than a limit to tokenize.
 
@@ -332,13 +355,13 @@ def _need(
     layers: int,
     program: int,
 ) -> _Need:
-    buffers = 2 if settings.read_ahead and layers > 1 else 1
+    buffers = 2 if settings.read_ahead and layers > 1 else settings.held
     count = settings.workers
     if samples is not None and seq_len:
         count = min(count, len(batch_sizes(samples, seq_len, settings.batch_tokens)))
     return _Need(
         program=program,
-        layers=buffers * shape.nbytes + (shape.copied if seq_len else 0),
+        layers=buffers * shape.nbytes + (settings.held * shape.copied if seq_len else 0),
         waiting=_WAITING * shape.largest,
         weight=shape.largest + (0 if shape.fused else settings.workers * _CAST),
         batches=count * batch_memory(shape, settings, seq_len, samples) if seq_len else 0,

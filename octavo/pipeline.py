@@ -27,7 +27,17 @@ from octavo.calibration import (
 from octavo.canonical import LayerPlan
 from octavo.checkpoint import CheckpointWriter, Journal, Workspace
 from octavo.checkpoint.hub import resolve_model
-from octavo.cluster import Order, Report, make_orders, run_stages, worker_device, worker_threads
+from octavo.cluster import (
+    Order,
+    Outcome,
+    Report,
+    hold_layers,
+    make_orders,
+    run_stages,
+    worker_device,
+    worker_memory,
+    worker_threads,
+)
 from octavo.errors import OctavoError
 from octavo.job import Job, hidden_shape, layer_shape, open_job
 from octavo.memory import (
@@ -70,7 +80,7 @@ class QuantizeResult(NamedTuple):
         tokens: calibration tokens, 0 without calibration.
         bytes_before: tensors of the input.
         bytes_after: tensors of the edition.
-        peak_memory: peak resident memory of the process, in bytes.
+        peak_memory: peak resident memory of the process in bytes; of the largest, if there are workers.
         seconds: wall-clock time by stage, in order, and ``total``.
         warnings: what the user should know, a sentence each.
     """
@@ -170,7 +180,7 @@ def quantize(
             )
         run = _Run(job, tokens, settings, work, journal, writer, clock, on_progress, finished)
         if workers is None:
-            records = _run_here(run)
+            records, peaks = _run_here(run), []
         else:
             orders = make_orders(
                 job,
@@ -178,12 +188,14 @@ def quantize(
                 settings,
                 kind,
                 workers,
-                max_memory,
                 work,
                 shard_size,
                 journal.records[0],
+                limited=max_memory is not None,
             )
-            records = _run_on_workers(run, orders, cluster)
+            outcomes = _run_on_workers(run, orders, cluster)
+            records = [record for outcome in outcomes for record in outcome.records]
+            peaks = [outcome.report.peak_memory for outcome in outcomes]
         with clock("finish"):
             carry_files(source, writer)
             for file, content in files.items():
@@ -201,7 +213,7 @@ def quantize(
         tokens=0 if tokens is None else tokens.numel(),
         bytes_before=job.checkpoint.nbytes,
         bytes_after=sum(tensor.nbytes for tensor in layout.values()),
-        peak_memory=peak_resident(),
+        peak_memory=max([peak_resident(), *peaks]),
         seconds=clock.seconds(),
         warnings=_warnings(job, calibration, tokens),
     )
@@ -272,9 +284,7 @@ def _run_here(run: _Run) -> list[dict[str, Any]]:
     return run.journal.records
 
 
-def _run_on_workers(
-    run: _Run, orders: Sequence[Order], cluster: str | None
-) -> list[dict[str, Any]]:
+def _run_on_workers(run: _Run, orders: Sequence[Order], cluster: str | None) -> list[Outcome]:
     """A stage of the layers to each worker."""
     batches = len(orders[0].shape.batches) if orders[0].shape else 0
 
@@ -318,18 +328,24 @@ def _settings(
 ) -> Settings:
     # On a GPU batches and layers are in its own memory.
     on_gpu = kind == "cuda"
-    samples, seq_len = (0, 0) if tokens is None or on_gpu else tokens.shape
-    return choose_settings(
+    samples, seq_len = (0, 0) if tokens is None else tokens.shape
+    program = program_memory() if workers is None else worker_memory(job, seq_len, kind, workers)
+    settings = choose_settings(
         layer_shape(job, on_gpu=on_gpu),
         max_memory,
         BATCH_TOKENS[kind],
-        seq_len=seq_len,
+        seq_len=0 if on_gpu else seq_len,
         cores=worker_threads(workers or 1),
         layers=1 if on_gpu else len(job.plans),
         samples=samples,
         rows=0 if tokens is None else len(torch.unique(tokens)),
-        program=program_memory(),
+        program=program,
     )
+    if workers is None or tokens is None:
+        # Without calibration nothing is gained by holding several layers.
+        return settings
+    limit = None if on_gpu else max_memory
+    return hold_layers(job, settings, tokens.shape, kind, workers, limit)
 
 
 def _check_text(job: Job, calibration: Calibration, max_memory: int | None) -> None:

@@ -27,12 +27,12 @@ from octavo.calibration import BATCH_TOKENS, Calibration
 from octavo.checkpoint import read_json
 from octavo.checkpoint.hub import resolve_model
 from octavo.checkpoint.safetensors import build_header
-from octavo.cluster import GPU_SHARE, layers_in_memory, passes_of, split, worker_threads
+from octavo.cluster import GPU_SHARE, hold_layers, passes_of, split, worker_memory, worker_threads
 from octavo.devices import DEVICES, DISK_READ, DISK_WRITE, LINK, MEMORY_SHARE, PRODUCT_SHARE
 from octavo.errors import OctavoError
 from octavo.fused import fused_kernels
 from octavo.job import Job, hidden_shape, layer_shape, open_job
-from octavo.memory import Settings, batch_memory, choose_settings, peak_memory
+from octavo.memory import PROGRAM, Settings, batch_memory, choose_settings, peak_memory
 from octavo.preflight import pick_device
 from octavo.scheme import Scheme
 from octavo.shapes import SHAPES, shape_called
@@ -151,29 +151,9 @@ def plan(
         job = open_job(directory, scheme, format, torch.device("cpu"))
         try:
             tokens = _tokens(job, calibration)
-            samples, seq_len = (0, 0) if tokens is None else tokens.shape
-            # Which tokens occur is not known: at most all of the vocabulary.
-            rows = min(samples * seq_len, job.decoder.config.vocab_size)
             count, on_gpu = workers or 1, kind == "cuda"
-            host = layer_shape(job, on_gpu=on_gpu)
-            settings = choose_settings(
-                host,
-                max_memory,
-                BATCH_TOKENS[kind],
-                seq_len=0 if on_gpu else seq_len,
-                cores=worker_threads(count),
-                layers=1 if on_gpu else len(job.plans),
-                samples=samples,
-                rows=rows,
-            )
-            held = 1
-            if workers is not None:
-                memory = (
-                    int(DEVICES[device].memory * GPU_SHARE) if device in DEVICES else max_memory
-                )
-                if tokens is not None:
-                    held = layers_in_memory(job, kind, count, memory, settings, seq_len)
-            held = max(map(len, passes_of(split(len(job.plans), count)[-1], held)))
+            settings, peak = _memory(job, tokens, device, kind, workers, max_memory)
+            held, seq_len = settings.held, 0 if tokens is None else tokens.shape[1]
             layout = job.layout()
             hidden = None if tokens is None else hidden_shape(job, tokens, settings)
             rates = _rates(job, device, worker_threads(count), tokens)
@@ -196,16 +176,7 @@ def plan(
                 bytes_written=written,
                 bytes_worked=0 if hidden is None else hidden.nbytes * len(job.plans),
                 disk=written + (0 if hidden is None else 2 * count * hidden.nbytes),
-                peak_memory=peak_memory(
-                    host,
-                    settings,
-                    seq_len=0 if on_gpu else seq_len,
-                    cores=settings.workers,
-                    layers=1 if on_gpu else len(job.plans),
-                    samples=samples,
-                    rows=rows,
-                )
-                + (0 if on_gpu else (held - 1) * host.nbytes),
+                peak_memory=peak,
                 device_memory=_device_memory(job, settings, seq_len, held) if on_gpu else None,
                 layers_at_a_time=held,
                 workers=count,
@@ -245,6 +216,40 @@ def simulate(
         arrived = done
         finish = max(finish, now)
     return finish
+
+
+def _memory(
+    job: Job,
+    tokens: Tensor | None,
+    device: str,
+    kind: str,
+    workers: int | None,
+    max_memory: int | None,
+) -> tuple[Settings, int]:
+    """How a run would use memory, and the bytes each of its processes takes at most."""
+    samples, seq_len = (0, 0) if tokens is None else tokens.shape
+    count, on_gpu = workers or 1, kind == "cuda"
+    host = layer_shape(job, on_gpu=on_gpu)
+    sizes = {
+        "seq_len": 0 if on_gpu else seq_len,
+        "layers": 1 if on_gpu else len(job.plans),
+        "samples": samples,
+        # Which tokens occur is not known: at most all of the vocabulary.
+        "rows": min(samples * seq_len, job.decoder.config.vocab_size),
+        "program": PROGRAM if workers is None else worker_memory(job, seq_len, kind, count),
+    }
+    settings = choose_settings(
+        host, max_memory, BATCH_TOKENS[kind], cores=worker_threads(count), **sizes
+    )
+    if workers is not None and tokens is not None:
+        limit = None if on_gpu else max_memory
+        if device in DEVICES:
+            limit = int(DEVICES[device].memory * GPU_SHARE)
+        settings = hold_layers(job, settings, tokens.shape, kind, workers, limit)
+    passes = passes_of(split(len(job.plans), count)[-1], settings.held)
+    settings = settings._replace(held=max(map(len, passes)))
+    on_host = settings._replace(held=1) if on_gpu else settings
+    return settings, peak_memory(host, on_host, cores=settings.workers, **sizes)
 
 
 def _device_memory(job: Job, settings: Settings, seq_len: int, held: int) -> int:

@@ -30,6 +30,7 @@ from octavo.memory import (
     batch_memory,
     check_text,
     choose_settings,
+    hold_more,
     peak_memory,
 )
 from octavo.scheme import Scheme
@@ -277,6 +278,26 @@ def test_settings_keep_the_limit_or_say_what_would(
     found = peak_memory(shape, settings, **{**work, "cores": settings.workers})
     assert limit is None or found <= limit
     assert settings.workers <= work["cores"]
+
+
+@given(shape=shapes, work=works, limit=st.integers(10**8, 10**13))
+def test_as_many_layers_are_held_as_the_limit_allows(
+    shape: LayerShape, work: dict[str, int], limit: int
+) -> None:
+    sizes = {**work, "rows": 0}
+    try:
+        settings = choose_settings(shape, limit, 1024, **sizes)
+    except OctavoError:
+        return
+    sizes["cores"] = settings.workers
+    found = hold_more(
+        shape, settings, limit, **{key: sizes[key] for key in ("seq_len", "layers", "samples")}
+    )
+    assert found.held <= work["layers"]
+    assert peak_memory(shape, found, **sizes) <= limit
+    if found.held > 1 and found.held < work["layers"]:
+        more = found._replace(held=found.held + 1, threshold=1 << 60)
+        assert peak_memory(shape, more, **sizes) > limit
 
 
 @given(shape=shapes, work=works)

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 import tiny
 from octavo import OctavoError, cli, cluster
 from octavo.checkpoint import Checkpoint, Workspace
+from octavo.cluster import crew
+from octavo.cluster.orders import files_of
 from octavo.job import layer_shape, open_job
 from octavo.memory import Settings, peak_memory
 from octavo.preflight import pick_device
@@ -42,14 +44,15 @@ def test_layers_are_split_into_contiguous_runs(layers: int, data: st.DataObject)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_as_many_layers_are_held_as_memory_allows(tiny_llama: Path, count: int) -> None:
     job = open_job(tiny_llama, Scheme(), "modelopt", pick_device("cpu"))
-    settings = Settings(batch_tokens=64, read_ahead=True, workers=1, threshold=1 << 60)
-    shape = layer_shape(job)
-    cores = cluster.worker_threads(2)
-    one = settings._replace(read_ahead=False)
-    limit = peak_memory(shape, one, seq_len=16, cores=cores, layers=1) + (count - 1) * shape.nbytes
+    settings = Settings(batch_tokens=64, read_ahead=False, workers=1, threshold=1 << 60)
+    shape, workers = layer_shape(job), 1
+    program = cluster.worker_memory(job, 16, "cpu", workers)
+    sizes = {"seq_len": 16, "samples": 4, "layers": len(job.plans), "program": program}
+    limit = peak_memory(shape, settings, cores=1, **sizes) + (count - 1) * shape.nbytes
     for spare in (0, shape.nbytes - 1):
-        held = cluster.layers_in_memory(job, "cpu", 2, limit + spare, settings, 16)
-        assert held == count
+        found = cluster.hold_layers(job, settings, (4, 16), "cpu", workers, limit + spare)
+        assert found.held == min(count, len(job.plans))
+        assert peak_memory(shape, found, cores=1, **sizes) <= limit + spare
 
 
 def test_other_weights_of_the_same_shapes_are_told_apart(tiny_llama: Path, tmp_path: Path) -> None:
@@ -57,11 +60,9 @@ def test_other_weights_of_the_same_shapes_are_told_apart(tiny_llama: Path, tmp_p
     other = shutil.copytree(tiny_llama, tmp_path / "other")
     (file,) = other.glob("*.safetensors")
     save_file({name: -tensor for name, tensor in load_file(file).items()}, file)
-    found = cluster.files_of(Checkpoint(tiny_llama))
-    assert found == cluster.files_of(Checkpoint(same))
-    differing = {
-        name for name, told in cluster.files_of(Checkpoint(other)).items() if told != found[name]
-    }
+    found = files_of(Checkpoint(tiny_llama))
+    assert found == files_of(Checkpoint(same))
+    differing = {name for name, told in files_of(Checkpoint(other)).items() if told != found[name]}
     assert differing == {file.name}
 
 
@@ -119,20 +120,20 @@ def test_workers_get_the_threads_that_there_is_room_for(
     asked = [orders[0]._replace(threads=planned, limited=limited)] * workers
     nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cores]
     dead = {"Alive": False, "Resources": {"CPU": 64.0}}
-    found = cluster.fit(asked, [*nodes, dead], grow=grow)
+    found = crew.fit(asked, [*nodes, dead], grow=grow)
     assert [order.threads for order in found] == [threads] * workers
     with pytest.raises(OctavoError, match=f"have room for {sum(cores)}"):
-        cluster.fit(asked * (sum(cores) + 1), nodes, grow=grow)
+        crew.fit(asked * (sum(cores) + 1), nodes, grow=grow)
     with pytest.raises(OctavoError, match="have room for 0"):
-        cluster.fit(asked, [dead], grow=grow)
+        crew.fit(asked, [dead], grow=grow)
 
 
 def test_each_worker_takes_a_gpu(orders: list[cluster.Order]) -> None:
     asked = [order._replace(device="cuda", threads=8) for order in orders]
     nodes = [{"Alive": True, "Resources": {"CPU": 64.0, "GPU": 2.0}}]
-    assert [order.threads for order in cluster.fit(asked, nodes, grow=True)] == [8, 8]
+    assert [order.threads for order in crew.fit(asked, nodes, grow=True)] == [8, 8]
     with pytest.raises(OctavoError, match=r"4 workers take 1 GPU each.*room for 2"):
-        cluster.fit(asked * 2, nodes, grow=True)
+        crew.fit(asked * 2, nodes, grow=True)
 
 
 @pytest.fixture
@@ -143,4 +144,4 @@ def orders(tiny_llama: Path, tmp_path: Path) -> Iterator[list[cluster.Order]]:
     )
     settings = Settings(batch_tokens=64, read_ahead=True, workers=1, threshold=1 << 60)
     with Workspace(tmp_path / "output") as work:
-        yield cluster.make_orders(job, None, settings, "cpu", 2, None, work, 10**9, {})
+        yield cluster.make_orders(job, None, settings, "cpu", 2, work, 10**9, {}, limited=False)

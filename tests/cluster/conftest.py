@@ -18,7 +18,7 @@ import torch
 import tiny
 from cluster import watched
 from cluster.machines import Machines, two_machines
-from octavo import Calibration, QuantizeResult, cluster, quantize
+from octavo import Calibration, QuantizeResult, quantize
 from octavo.scheme import scheme_called
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -116,6 +116,6 @@ def spread(models: Path, machines: Machines) -> Quantize:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> watched.Watch:
     """Workers are watched, and take one layer and one batch at a time."""
-    for name, value in watched.SLOW.items():
-        monkeypatch.setattr(cluster, name, value)
+    for module, name, value in watched.SLOW:
+        monkeypatch.setattr(module, name, value)
     return watched.Watch(tmp_path / tmp_path.name)

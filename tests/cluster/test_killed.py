@@ -19,7 +19,8 @@ import pytest
 from cluster.conftest import Alone, Quantize
 from cluster.machines import Machines
 from cluster.watched import Call, Fault, Watch
-from octavo import OctavoError, cluster
+from octavo import OctavoError
+from octavo.cluster.orders import AHEAD
 from tiny import contents
 
 pytestmark = pytest.mark.cluster
@@ -78,7 +79,7 @@ def test_a_worker_killed_while_the_next_still_needs_it_then_both(
         (first,) = watch.processes(0)
         given = [c for c in watch.calls() if c.name == "preadv" and c.path.endswith("hidden-1")]
         # Nobody is flooded: three batches are in use or have been, and a few wait.
-        assert len(given) <= BATCHES + 3 + cluster._AHEAD
+        assert len(given) <= BATCHES + 3 + AHEAD
         os.kill(first, signal.SIGKILL)
         watch.release("when the first is done")
         wait_until(lambda: 1 in watch.struck())

@@ -13,7 +13,8 @@ import tiny
 from cluster.conftest import Alone, Quantize, run
 from cluster.machines import OTHER, Machines
 from cluster.watched import Fault, Watch
-from octavo import OctavoError, cluster
+from octavo import OctavoError
+from octavo.cluster import crew, session
 from octavo.pipeline import Progress
 from tiny import contents
 
@@ -41,7 +42,8 @@ def test_what_is_written_elsewhere_is_resumed_there_and_gathered(
     private: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cluster, "_RESTARTS", 1)
+    for module in (crew, session):
+        monkeypatch.setattr(module, "RESTARTS", 1)
     watch.arrange(
         Fault(0, "pwritev", "edition", 40, "kill"),
         # Layers are reported before the worker dies for good.

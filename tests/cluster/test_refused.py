@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from cluster.conftest import Quantize, run
 from cluster.machines import CPUS, Machines
-from octavo import OctavoError, cli, cluster
+from octavo import OctavoError, cli
 from octavo.checkpoint import Checkpoint
+from octavo.cluster import crew
+from octavo.cluster.worker import Worker
 
 pytestmark = pytest.mark.cluster
 
@@ -73,10 +75,10 @@ def test_a_machine_without_octavo(
     spread: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here_only = ModuleType("here_only")
-    worker = type("Worker", (cluster.Worker,), {"__module__": "here_only"})
+    worker = type("Worker", (Worker,), {"__module__": "here_only"})
     vars(here_only)["Worker"] = worker
     monkeypatch.setitem(sys.modules, "here_only", here_only)
-    monkeypatch.setattr(cluster, "Worker", worker)
+    monkeypatch.setattr(crew, "Worker", worker)
     with pytest.raises(OctavoError, match=r"could not be started: .*No module named 'here_only'"):
         spread(tmp_path / "output")
     assert list(tmp_path.iterdir()) == []

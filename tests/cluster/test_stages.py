@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import tiny
 from cluster.conftest import Alone, Quantize
+from cluster.machines import Machines
 from cluster.watched import Fault, Watch
 from octavo.checkpoint import Checkpoint
+from octavo.units import parse_bytes
 from tiny import contents
 
 pytestmark = pytest.mark.cluster
@@ -68,3 +75,28 @@ def test_each_layer_is_read_once_and_stages_overlap(
     }
     # Besides, only the first reads rows of the embedding.
     assert list(read) == [("model.embed_tokens.weight", 0)]
+
+
+def test_workers_keep_a_limit(machines: Machines, models: Path, tmp_path: Path) -> None:
+    tiny.build("llama", models / "wide", layers=4, hidden_size=1024, intermediate_size=4096)
+
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "octavo.cli", "quantize", models / "wide"),
+                *("-o", tmp_path / "output", "--calib", models / "ids.npy", "--json", "--quiet"),
+                *("--workers", "2", "--cluster", machines.address, "--max-memory", str(limit)),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    told = re.search(r"takes ([\d.]+ MB) at least", run(600_000_000).stderr)
+    assert told
+    # What is told is rounded.
+    limit = parse_bytes(told[1]) + 100_000
+    assert run(limit - 300_000).returncode == 2
+    ran = run(limit)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["peak_memory"] <= limit

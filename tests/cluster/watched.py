@@ -14,9 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
-from octavo import cluster
+from octavo import pipeline
+from octavo.cluster import Order, crew, worker
+from octavo.memory import Settings
 
 # Names the directory for what is written down, in the environment of all machines.
 VARIABLE = "OCTAVO_WATCHED"
@@ -122,15 +125,15 @@ class Watch:
                     yield Call(*json.loads(line))
 
 
-class Worker(cluster.Worker):
+class Worker(worker.Worker):
     """A worker that is watched."""
 
-    def run(self, order: cluster.Order, before: Any) -> None:
+    def run(self, order: Order, before: Any) -> None:
         _watch(order)
         super().run(order, before)
 
 
-def _watch(order: cluster.Order) -> None:
+def _watch(order: Order) -> None:
     """Have the calls of this process written down, and faults strike."""
     watch, stage, process = Watch(order.target), order.number, os.getpid()
     faults = dict(enumerate(watch.faults()))
@@ -179,14 +182,24 @@ def _happen(watch: Watch, fault: Fault) -> None:
 
 
 def _fit_few(
-    orders: Sequence[cluster.Order], nodes: Sequence[Mapping[str, Any]], *, grow: bool
-) -> list[cluster.Order]:
-    return [order._replace(threads=1) for order in orders]
+    orders: Sequence[Order], nodes: Sequence[Mapping[str, Any]], *, grow: bool
+) -> list[Order]:
+    return [
+        order._replace(threads=1, settings=order.settings._replace(workers=1)) for order in orders
+    ]
 
 
-# What is put in the place of attributes of :mod:`octavo.cluster`: watched workers, which take one layer and one
-# batch at a time.
-SLOW = {"Worker": Worker, "layers_in_memory": lambda *_: 1, "fit": _fit_few}
+def _hold_one(job: object, settings: Settings, *_: object) -> Settings:
+    return settings
+
+
+# What is put in the place of a module's attributes: watched workers, which take one layer and one batch at a
+# time.
+SLOW: list[tuple[ModuleType, str, Any]] = [
+    (crew, "Worker", Worker),
+    (crew, "fit", _fit_few),
+    (pipeline, "hold_layers", _hold_one),
+]
 
 
 def main() -> None:
@@ -194,8 +207,8 @@ def main() -> None:
     from cluster import watched
     from octavo import cli
 
-    for name, value in watched.SLOW.items():
-        setattr(cluster, name, value)
+    for module, name, value in watched.SLOW:
+        setattr(module, name, value)
     cli.main()
 
 
