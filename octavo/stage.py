@@ -29,6 +29,9 @@ from octavo.transfer import carry_tensors, meta
 # Quantized tensors that wait to be written, at most: the disk has work while the next are computed.
 _WAITING = 2
 
+# Tensors that are read at a time, each by a thread of its own: a disk serves several sooner than one after another.
+_READS = 4
+
 
 class Stage(NamedTuple):
     """What is to be done, and with what.
@@ -82,11 +85,12 @@ class Stage(NamedTuple):
             for batch in range(len(self.stream.states(0).shape.batches)):
                 on_batch(batch)
         with (
-            ThreadPoolExecutor(1, "octavo-write") as disk,
+            ThreadPoolExecutor(1, "octavo-write") as writes,
+            ThreadPoolExecutor(1, "octavo-sync") as syncs,
             ThreadPoolExecutor(self.cores, "octavo-cast") as casts,
             closing(self._read(todo)) as loaded,
         ):
-            lane = _Lane(disk)
+            lane = _Lane(writes, syncs)
             for index in sorted(written):
                 on_layer(index)
             for number in todo:
@@ -99,7 +103,7 @@ class Stage(NamedTuple):
                 for index in self.passes[number]:
                     if index not in written:
                         self._quantize(index, tensors, weights, activations, lane, casts)
-                        lane.submit(partial(on_layer, index))
+                        lane.settle(partial(on_layer, index))
                 del tensors
             with self.clock("wait for disk"):
                 lane.drain()
@@ -169,7 +173,7 @@ class Stage(NamedTuple):
                 states.sync()
             self.journal.append(record)
 
-        lane.calibrated = lane.submit(finish)
+        lane.calibrated = lane.settle(finish)
         return maxima
 
     def _quantize(
@@ -196,7 +200,7 @@ class Stage(NamedTuple):
             names.extend(encoded)
             with self.clock("wait for disk"):
                 lane.wait_below(_WAITING)
-            lane.submit(lambda: write(encoded))
+            lane.write(lambda: write(encoded))
 
         for unit in canonical.units(plan, self.job.dialect.fuses):
             self.before_unit()
@@ -216,7 +220,7 @@ class Stage(NamedTuple):
                 {"layer": index, "amax": weights, "errors": errors, "tensors": digests}
             )
 
-        lane.submit(finish)
+        lane.settle(finish)
 
     def _read(self, todo: Sequence[int]) -> Generator[dict[str, Tensor], None, None]:
         """The tensors of each pass to do; with read-ahead, the next pass is read meanwhile.
@@ -236,20 +240,27 @@ class Stage(NamedTuple):
         buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(count)]
 
         def read(position: int) -> dict[str, Tensor]:
-            rest, tensors = buffers[position % count], {}
+            rest, places = buffers[position % count], {}
             # Wide dtypes first keeps every tensor aligned.
             for name in sorted(
                 names[todo[position]], key=lambda name: -checkpoint[name].dtype.itemsize
             ):
                 nbytes = checkpoint[name].nbytes
-                tensors[name] = checkpoint.read(name, rest[:nbytes])
-                if on_gpu:
-                    tensors[name] = _upload(tensors[name], device)
-                else:
+                places[name] = rest[:nbytes]
+                if not on_gpu:
                     rest = rest[nbytes:]
-            return tensors
+            return dict(
+                zip(places, files.map(fill, *zip(*places.items(), strict=True)), strict=True)
+            )
 
-        with ThreadPoolExecutor(1, "octavo-read") as reads:
+        def fill(name: str, place: Tensor) -> Tensor:
+            tensor = checkpoint.read(name, place)
+            return _upload(tensor, device) if on_gpu else tensor
+
+        with (
+            ThreadPoolExecutor(1, "octavo-read") as reads,
+            ThreadPoolExecutor(1 if on_gpu else _READS, "octavo-file") as files,
+        ):
             upcoming: Future[dict[str, Tensor]] | None = None
             for position in range(len(todo)):
                 with self.clock("wait for disk"):
@@ -260,23 +271,35 @@ class Stage(NamedTuple):
 
 
 class _Lane:
-    """One thread that writes, in the order it is asked to. After a failure it does nothing more, lest
-    something be journaled that rests on what failed; whoever waits next is told.
+    """The way to the disk: one thread that writes, and one that waits until what was written is there and
+    journals it, each in the order it is asked to. After a failure neither does anything more, lest something be
+    journaled that rests on what failed; whoever waits next is told.
 
     Attributes:
         calibrated: when the last calibrated pass is journaled.
     """
 
-    def __init__(self, disk: ThreadPoolExecutor) -> None:
-        self._disk = disk
+    def __init__(self, writes: ThreadPoolExecutor, syncs: ThreadPoolExecutor) -> None:
+        self._writes, self._syncs = writes, syncs
         self._waiting: deque[Future[None]] = deque()
         self._failure: BaseException | None = None
-        self.calibrated: Future[None] = Future()
-        self.calibrated.set_result(None)
+        self._written = self._settled = self.calibrated = _done()
 
-    def submit(self, task: Callable[[], None]) -> Future[None]:
-        self._waiting.append(future := self._disk.submit(self._run, task))
-        return future
+    def write(self, task: Callable[[], None]) -> None:
+        """Have something written."""
+        self._written = self._writes.submit(self._run, task)
+        self._waiting.append(self._written)
+
+    def settle(self, task: Callable[[], None]) -> Future[None]:
+        """Have something done when all that was asked to be written before is written."""
+        written = self._written
+
+        def when_written() -> None:
+            written.result()
+            task()
+
+        self._settled = self._syncs.submit(self._run, when_written)
+        return self._settled
 
     def _run(self, task: Callable[[], None]) -> None:
         if self._failure is not None:
@@ -288,13 +311,20 @@ class _Lane:
             raise
 
     def wait_below(self, count: int) -> None:
-        """Wait until fewer than ``count`` tasks are left."""
+        """Wait until fewer than ``count`` things are left to write."""
         while len(self._waiting) >= count:
             self._waiting.popleft().result()
 
     def drain(self) -> None:
         """Wait for all."""
         self.wait_below(1)
+        self._settled.result()
+
+
+def _done() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
 
 
 def carry_rest(job: Job, writer: CheckpointWriter, journal: Journal) -> None:
