@@ -40,7 +40,7 @@ from octavo.skeleton import build_skeleton
 from octavo.threads import one_thread_each
 
 # Seconds until a process has imported what it needs; until Ray and its workers are up.
-_START, _RAY_START = 3.0, 10.0
+_START, _RAY_START = 3.0, 7.0
 
 # What a probe takes: bytes to the disk and back, and elements cast.
 _PROBE_BYTES, _PROBE_ELEMENTS = 256 << 20, 1 << 25
