@@ -6,13 +6,14 @@ Names and shapes are those of :mod:`octavo.formats.dialect`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from octavo import fp8
 from octavo.errors import not_finite
+from octavo.rounding.gptq import Feedback, round_weight
 from octavo.scheme import BLOCK, FUSED_GROUPS, Granularity, Scheme
 
 # The shape of a weight scale, from rows and columns of the weight.
@@ -96,7 +97,8 @@ def quantize_unit(
     activations: Mapping[str, Tensor],
     scheme: Scheme,
     over: fp8.Map = map,
-) -> tuple[dict[str, Tensor], dict[str, fp8.RoundingError]]:
+    feedback: Feedback | None = None,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Fold some tensors of a layer into FP8.
 
     Args:
@@ -108,11 +110,12 @@ def quantize_unit(
             static inputs.
         scheme: how.
         over: applied to strips of a tensor.
+        feedback: of the linears' inputs, to round by; None to round to nearest.
 
     Returns:
         The canonical tensors, and what rounding did to each linear layer's weight.
     """
-    errors: dict[str, fp8.RoundingError] = {}
+    errors: dict[str, dict[str, Any]] = {}
     canonical: dict[str, Tensor] = {}
     for name in names:
         module = name.removesuffix(".weight")
@@ -122,11 +125,36 @@ def quantize_unit(
             continue
         finer = _FINER.get(scheme.weights)
         scale = fp8.scale_from_amax(finer(tensors[name], over) if finer else amax[module])
-        canonical[name], errors[module] = fp8.quantize_and_measure(tensors[name], scale, over)
+        canonical[name], errors[module] = _round(tensors[name], scale, over, feedback)
         canonical[f"{module}.weight_scale"] = scale
         if scheme.inputs == "static":
             canonical[f"{module}.input_scale"] = fp8.scale_from_amax(activations[module])
     return canonical, errors
+
+
+def _round(
+    weight: Tensor, scale: Tensor, over: fp8.Map, feedback: Feedback | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Codes of a weight, and what rounding did to it."""
+    if feedback is None:
+        codes, error = fp8.quantize_and_measure(weight, scale, over)
+        return codes, error._asdict()
+    found = round_weight(weight, scale, feedback, over)
+    return found.codes, {
+        **fp8.measure(weight, found.codes, scale)._asdict(),
+        "output_gain_db": found.gain_db,
+        "nearest_rows": found.nearest_rows,
+        "damping": feedback.damping,
+    }
+
+
+def turns(plan: LayerPlan) -> list[list[str]]:
+    """The linear layers of a decoder layer, in groups that share an input, in the order they are computed in."""
+    every = {f"{module}.weight": module for module in (*plan.linears, *plan.kept)}
+    linears = [every[name] for name in plan.tensors if name in every]
+    shared = {module: group for group in fused_groups(linears) for module in group}
+    groups = [shared.get(module, [module]) for module in linears]
+    return [group for module, group in zip(linears, groups, strict=True) if group[0] == module]
 
 
 def cache_scales(

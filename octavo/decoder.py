@@ -70,6 +70,7 @@ class Decoder:
             block.kv_cache = KeyValueCache()
         recorders: Any = [_Recorder(layer) for layer in self.layers]
         self._recorders: list[_Recorder] = recorders
+        self._replaced: dict[str, nn.Module] = {}
         self._base.layers = nn.ModuleList(recorders)
 
     def layer_name(self, index: int) -> str:
@@ -113,8 +114,22 @@ class Decoder:
         layer.load_state_dict(state, assign=True)
         return layer
 
+    def replace(self, index: int, name: str, module: nn.Module) -> None:
+        """Put another module in the place of one of a layer, until :meth:`unload`.
+
+        Args:
+            index: the layer.
+            name: full name of the module.
+            module: what it computes with instead.
+        """
+        layer, own = self.layers[index], name.removeprefix(f"{self.layer_name(index)}.")
+        self._replaced.setdefault(own, layer.get_submodule(own))
+        layer.set_submodule(own, module)
+
     def unload(self, index: int) -> None:
         """Drop a layer's weights."""
+        while self._replaced:
+            self.layers[index].set_submodule(*self._replaced.popitem())
         self.layers[index].to("meta")
 
     @torch.inference_mode()

@@ -171,6 +171,21 @@ def quantize_and_measure(
     )
 
 
+def measure(tensor: Tensor, codes: Tensor, scale: Tensor) -> RoundingError:
+    """What became of a matrix by codes that need not be the nearest; shapes as for :func:`quantize`."""
+    noise = signal = 0.0
+    underflows, rows = 0, _strip_rows(tensor)
+    for top in range(0, len(tensor), rows):
+        values = tensor[top : top + rows].float()
+        left = dequantize(codes[top : top + rows], rows_of(scale, top, rows, len(tensor)))
+        underflows += int(((left == 0) & (values != 0)).sum())
+        signal += values.square().sum().item()
+        noise += (values - left).square_().sum().item()
+    return RoundingError(
+        10 * math.log10(signal / noise) if noise else None, underflows / max(tensor.numel(), 1)
+    )
+
+
 def _strips(
     tensor: Tensor, scale: Tensor, codes: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -139,7 +139,13 @@ def layer_shape(job: Job, *, on_gpu: bool = False) -> LayerShape:
         copied=max(map(sum, copied)),
         # A GPU leaves the host nothing to compute.
         fused=on_gpu or dtype == torch.bfloat16,
+        widest=0 if on_gpu or job.scheme.rounding == "nearest" else _widest(job),
     )
+
+
+def _widest(job: Job) -> int:
+    linears = {f"{module}.weight" for plan in job.plans for module in plan.linears}
+    return max(job.checkpoint[name].shape[1] for name in linears)
 
 
 def hidden_shape(job: Job, tokens: Tensor, settings: Settings) -> HiddenShape:

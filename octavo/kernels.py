@@ -188,6 +188,19 @@ def _nearest_e4m3(value: Any) -> Any:
     return _float(sign | (normal if magnitude >= np.uint32(0x3C800000) else subnormal))
 
 
+@njit(inline="always")
+def _code_of(nearest: Any) -> Any:
+    """The E4M3 code of a float32 that is an E4M3 number."""
+    bits = _bits(nearest)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    # Of the 8 exponent and 23 mantissa bits E4M3 has the low 4, less the bias, and the top 3; a subnormal
+    # number is a count of units of 2^-9.
+    normal = np.uint32((magnitude >> np.uint32(20)) - np.uint32(960))
+    subnormal = np.uint32(np.int32(_float(magnitude) * np.float32(512)))
+    code = normal if magnitude >= np.uint32(0x3C800000) else subnormal
+    return np.uint8(((bits >> np.uint32(24)) & np.uint32(0x80)) | code)
+
+
 @njit(**_JIT)
 def _to_e4m3(x: Any, scales: Any, tile_rows: Any, tile_columns: Any, codes: Any) -> Any:
     noise, signal, underflows = np.float64(0), np.float64(0), np.int64(0)
@@ -201,23 +214,31 @@ def _to_e4m3(x: Any, scales: Any, tile_rows: Any, tile_columns: Any, codes: Any)
             for i in range(run.shape[0]):
                 value = _widen(run[i]) / scale
                 nearest = _nearest_e4m3(value)
-                bits = _bits(nearest)
-                magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-                # Of the 8 exponent and 23 mantissa bits E4M3 has the low 4, less the bias, and the
-                # top 3; a subnormal number is a count of units of 2^-9.
-                normal = np.uint32((magnitude >> np.uint32(20)) - np.uint32(960))
-                subnormal = np.uint32(np.int32(_float(magnitude) * np.float32(512)))
-                code = normal if magnitude >= np.uint32(0x3C800000) else subnormal
-                target[i] = np.uint8(((bits >> np.uint32(24)) & np.uint32(0x80)) | code)
+                target[i] = _code_of(nearest)
                 run_noise += (nearest - value) * (nearest - value)
                 run_signal += value * value
-                zeroed = magnitude == np.uint32(0) and value != np.float32(0)
+                zeroed = nearest == np.float32(0) and value != np.float32(0)
                 lost += np.float32(1) if zeroed else np.float32(0)
             squared = np.float64(scale) * np.float64(scale)
             noise += np.float64(run_noise) * squared
             signal += np.float64(run_signal) * squared
             underflows += np.int64(lost)
     return noise, signal, underflows
+
+
+@njit(**_JIT)
+def _round_with_feedback(weight: Any, factor: Any, scales: Any, codes: Any, errors: Any) -> None:
+    width = factor.shape[0]
+    for row in range(weight.shape[0]):
+        values = weight[row]
+        for i in range(width):
+            scale = scales[row, i]
+            nearest = _nearest_e4m3(values[i] / scale)
+            codes[row, i] = _code_of(nearest)
+            error = (values[i] - nearest * scale) / factor[i, i]
+            errors[row, i] = error
+            for j in range(i + 1, width):
+                values[j] -= error * factor[i, j]
 
 
 @njit(**_JIT)
@@ -300,6 +321,28 @@ def to_e4m3(
         _raw(x), scales.numpy(), *tile, codes.view(torch.uint8).numpy()
     )
     return noise, signal, underflows
+
+
+def round_with_feedback(
+    weight: Tensor, factor: Tensor, scales: Tensor, codes: Tensor, errors: Tensor
+) -> None:
+    """Round the columns of ``weight`` one after another, the later ones moved to make up for the error of each.
+
+    Args:
+        weight: float32 ``[rows, columns]``, columns contiguous, on the CPU; overwritten.
+        factor: float32 ``[columns, columns]``, upper triangular with a positive diagonal: the Cholesky
+            factor of the inverse of the inputs' second moments.
+        scales: float32 ``[rows, columns]``, positive.
+        codes: ``float8_e4m3fn`` ``[rows, columns]``, written.
+        errors: float32 of the same shape, written: of each weight, over its diagonal element of ``factor``.
+    """
+    _round_with_feedback(
+        weight.numpy(),
+        factor.numpy(),
+        scales.numpy(),
+        codes.view(torch.uint8).numpy(),
+        errors.numpy(),
+    )
 
 
 def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,10 +64,20 @@ class Fp8Linear(nn.Module):
         def scale(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device="meta")
 
-        self.register_buffer("weight", torch.empty_like(like.weight, dtype=fp8.E4M3))
+        self.register_buffer("weight", torch.empty_like(like.weight, dtype=fp8.E4M3, device="meta"))
         self.register_buffer("weight_scale", scale(*scale_shape))
         self.register_buffer("input_scale", scale() if inputs == "static" else None)
         self.register_parameter("bias", like.bias)
+
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None
+    ) -> Fp8Linear:
+        """In the place of a linear layer, with its bias and tensors of the attributes' shapes."""
+        inputs: Inputs = "dynamic" if input_scale is None else "static"
+        made = cls(linear, inputs, tuple(weight_scale.shape))
+        made.weight, made.weight_scale, made.input_scale = weight, weight_scale, input_scale
+        return made
 
     weight: Tensor
     weight_scale: Tensor

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from octavo.calibration.hidden import batch_sizes
+from octavo.calibration.tokens import LONGEST
 from octavo.errors import OctavoError
 from octavo.units import format_bytes
 
@@ -29,8 +30,9 @@ PROGRAM = 620_000_000
 # As much of it as comes after a run has chosen its settings: kernels above all. Measured: 45 to 65 MB.
 _TO_COME = 70_000_000
 
-# Bytes it takes to tokenize a byte of text, and to load a byte of tokenizer.json. Measured: 206 and 21.
-_TEXT, _TOKENIZER = 220, 24
+# Bytes it takes to tokenize a byte of text, to hold one of a whole document, and to load one of tokenizer.json.
+# Measured: 206, 3 and 21.
+_TEXT, _WHOLE, _TOKENIZER = 220, 4, 24
 
 # Embedding rows, and what checking them for NaN takes beside them.
 _ROWS = 3
@@ -40,6 +42,11 @@ _WAITING = 2
 
 # What a matrix product takes beside its operands: bytes for each token, and in any case.
 _PRODUCT, _PRODUCT_LEAST = 4_000, 1_000_000
+
+# Bytes for each element of a matrix of second moments while it is factored: two of float32, and one of those is
+# what PyTorch hands to LAPACK. Of the rows of a weight that each core rounds by it: some float32 copies.
+_MOMENTS = 12
+_STRIP = 64_000_000
 
 # Float32 copies of what each core casts at a time, of other dtypes than BF16.
 _CAST = 24_000_000
@@ -62,6 +69,7 @@ class LayerShape(NamedTuple):
         itemsize: bytes of an activation.
         fused: whether it computes with :mod:`octavo.fused`: in BF16, on a CPU.
         window: of sliding attention, in tokens; None without.
+        widest: the most inputs a linear layer has, where their second moments are taken; else 0.
     """
 
     nbytes: int
@@ -74,10 +82,19 @@ class LayerShape(NamedTuple):
     itemsize: int
     fused: bool
     window: int | None
+    widest: int = 0
 
     @classmethod
     def of(
-        cls, config: Any, nbytes: int, largest: int, itemsize: int, *, copied: int, fused: bool
+        cls,
+        config: Any,
+        nbytes: int,
+        largest: int,
+        itemsize: int,
+        *,
+        copied: int,
+        fused: bool,
+        widest: int,
     ) -> LayerShape:
         """From a ``transformers`` configuration."""
         heads = config.num_attention_heads
@@ -93,6 +110,7 @@ class LayerShape(NamedTuple):
             itemsize,
             fused,
             getattr(config, "sliding_window", None),
+            widest,
         )
 
 
@@ -123,6 +141,8 @@ class _Need(NamedTuple):
         layers: buffers that layers are read to, and copies in another dtype.
         waiting: quantized weights that wait or are being written.
         weight: one that is computed.
+        moments: of a linear layer's inputs while they are factored, and a layer's quantized weights, which
+            compute what the next linear layer sees.
         batches: those inside a layer, on all cores together.
     """
 
@@ -130,12 +150,13 @@ class _Need(NamedTuple):
     layers: int
     waiting: int
     weight: int
+    moments: int
     batches: int
 
     @property
     def least(self) -> int:
         """What is there whatever is handed back: no threshold below makes sense."""
-        return self.program + self.layers + self.waiting
+        return self.program + self.layers + self.waiting + self.moments
 
     @property
     def usual(self) -> int:
@@ -285,12 +306,14 @@ def check_text(limit: int | None, tokenizer: int, text: int) -> None:
     Raises:
         OctavoError: says what it would take.
     """
-    need = PROGRAM + _TOKENIZER * tokenizer + _TEXT * text
+    # A character has four bytes at most.
+    whole, pieces = _WHOLE * text, _TEXT * min(text, 4 * LONGEST)
+    need = PROGRAM + _TOKENIZER * tokenizer + whole + pieces
     if limit is not None and need > limit:
         raise OctavoError(
             f"--max-memory {format_bytes(limit)} is too little to tokenize the calibration text: that takes "
             f"{format_bytes(need)}, of which {format_bytes(PROGRAM)} are the program, {format_bytes(_TOKENIZER * tokenizer)} "
-            f"the tokenizer, and {format_bytes(_TEXT * text)} a document of {format_bytes(text)}. Allow as much, or "
+            f"the tokenizer, and {format_bytes(whole + pieces)} a document of {format_bytes(text)}. Allow as much, or "
             "pass the text in shorter documents: a .jsonl file with one a line."
         )
 
@@ -363,7 +386,10 @@ def _need(
         program=program,
         layers=buffers * shape.nbytes + (settings.held * shape.copied if seq_len else 0),
         waiting=_WAITING * shape.largest,
-        weight=shape.largest + (0 if shape.fused else settings.workers * _CAST),
+        weight=shape.largest
+        + (0 if shape.fused else settings.workers * _CAST)
+        + (settings.workers * _STRIP if shape.widest else 0),
+        moments=_MOMENTS * shape.widest**2 + shape.nbytes // 2 if shape.widest else 0,
         batches=count * batch_memory(shape, settings, seq_len, samples) if seq_len else 0,
     )
 

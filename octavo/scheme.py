@@ -15,6 +15,7 @@ from octavo.errors import OctavoError
 
 Granularity: TypeAlias = Literal["tensor", "channel", "block"]
 Inputs: TypeAlias = Literal["static", "dynamic"]
+Rounding: TypeAlias = Literal["nearest", "gptq"]
 
 # Rows and columns of a weight block, and elements of an input's group.
 BLOCK = 128
@@ -44,6 +45,8 @@ class Scheme(BaseModel):
             a linear layer that matches any of them keeps its dtype.
         merge_scales: give q/k/v and gate/up one shared weight scale, as engines that fuse them
             into one matrix product want it.
+        rounding: how weights become E4M3 numbers: each to its ``nearest``, or by :mod:`octavo.rounding.gptq`,
+            which looks at the layer's inputs. It changes no format.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +56,7 @@ class Scheme(BaseModel):
     kv_cache: Literal["fp8", "none"] = "fp8"
     exclude: tuple[str, ...] = ()
     merge_scales: bool = False
+    rounding: Rounding = "nearest"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -71,8 +75,8 @@ class Scheme(BaseModel):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether any scale depends on data."""
-        return self.inputs == "static" or self.kv_cache == "fp8"
+        """Whether any scale or code depends on data."""
+        return self.inputs == "static" or self.kv_cache == "fp8" or self.rounding != "nearest"
 
     def excludes(self, module: str) -> bool:
         """Whether the linear layer named ``module`` keeps its dtype."""

@@ -21,8 +21,12 @@ from torch import Tensor
 from octavo import canonical
 from octavo.calibration import CalibrationStream
 from octavo.checkpoint import CheckpointWriter, Journal
+from octavo.decoder import Decoder
 from octavo.job import Job
+from octavo.linear import Fp8Linear
+from octavo.loading import Fp8KeyValueCache
 from octavo.memory import release
+from octavo.rounding import gptq
 from octavo.stopwatch import Stopwatch
 from octavo.transfer import carry_tensors, meta
 
@@ -75,12 +79,10 @@ class Stage(NamedTuple):
         """
         with self.clock("verify"):
             written = _written(self.journal, self.writer)
-            begin = self._first_pass()
-        todo = [
-            number
-            for number, layers in enumerate(self.passes)
-            if number >= begin or not written.issuperset(layers)
-        ]
+            complete = [written.issuperset(layers) for layers in self.passes]
+            begin = self._first_pass(complete)
+        in_turn = self._in_turn
+        todo = [number for number, done in enumerate(complete) if number >= begin or not done]
         if begin == len(self.passes) and self.stream is not None:
             for batch in range(len(self.stream.states(0).shape.batches)):
                 on_batch(batch)
@@ -96,6 +98,11 @@ class Stage(NamedTuple):
             for number in todo:
                 tensors = next(loaded)
                 weights = self._measure(tensors, casts)
+                if in_turn:
+                    self._quantize_in_turn(number, tensors, weights, lane, casts, on_batch)
+                    lane.settle(partial(on_layer, self.passes[number][0]))
+                    del tensors
+                    continue
                 if number >= begin:
                     activations = self._calibrate(number, tensors, lane, on_batch)
                 else:
@@ -108,12 +115,24 @@ class Stage(NamedTuple):
             with self.clock("wait for disk"):
                 lane.drain()
 
-    def _first_pass(self) -> int:
+    @property
+    def _in_turn(self) -> bool:
+        """Whether codes depend on the inputs too, so that a layer is quantized while it is calibrated."""
+        return self.job.scheme.rounding != "nearest"
+
+    def _first_pass(self, complete: Sequence[bool]) -> int:
         """The first pass to compute. The hidden states behind the ones before are on disk, as far as
-        they are needed: behind the last calibrated pass, or the one before it in the other file."""
+        they are needed: behind the last calibrated pass, or the one before it in the other file.
+
+        Args:
+            complete: for each pass whether its layers are on disk.
+        """
         if self.stream is None:
             return len(self.passes)
         found = _passes(self.journal)
+        if self._in_turn:
+            # What was calibrated is of no use for a layer that is not there.
+            found = {n: record for n, record in found.items() if all(complete[: n + 1])}
         done = next((n for n in range(len(self.passes)) if n not in found), len(self.passes))
         if done == len(self.passes) and not self.keep_states:
             return done
@@ -125,6 +144,8 @@ class Stage(NamedTuple):
                 self.stream.embed(self.tokens)
             # The embedding's rows, before there are layers.
             release()
+        elif self._in_turn:
+            self.stream.receive()
         return 0
 
     def _measure(self, tensors: Mapping[str, Tensor], casts: ThreadPoolExecutor) -> dict[str, Any]:
@@ -145,25 +166,49 @@ class Stage(NamedTuple):
         """Run the samples through the layers of a pass, and have that journaled."""
         assert self.stream is not None
         layers, decoder = self.passes[number], self.job.decoder
+        with self.clock("calibrate"):
+            for index in layers:
+                names = self.job.plans[index].tensors
+                decoder.load(index, {name: tensors[name] for name in names})
+        maxima = self._move_on(number, {}, lane, on_batch)
+        for index in layers:
+            decoder.unload(index)
+        return maxima
+
+    def _move_on(
+        self,
+        number: int,
+        known: Mapping[str, Tensor],
+        lane: _Lane,
+        on_batch: Callable[[int], None],
+    ) -> dict[str, Tensor]:
+        """Run the samples through the loaded layers of a pass, and have what was found journaled.
+
+        Args:
+            number: of the pass.
+            known: amax of activations; where there are none, they are found now.
+            lane: to the disk.
+            on_batch: called with each batch behind the last pass.
+        """
+        assert self.stream is not None
+        layers = self.passes[number]
         at_end = number + 1 == len(self.passes)
         dropped = at_end and not self.keep_states
         with self.clock("wait for disk"):
             # What this pass writes over is what a resumed run would begin with until then.
             lane.calibrated.result()
-        with self.clock("calibrate"):
-            for index in layers:
-                names = self.job.plans[index].tensors
-                decoder.load(index, {name: tensors[name] for name in names})
+        maxima = dict(known)
+        if not (known and dropped):
             watched = {module for index in layers for module in self.job.plans[index].linears}
-            maxima = self.stream.run(
-                number,
-                layers,
-                watched,
-                last=dropped,
-                on_batch=on_batch if at_end else lambda _: None,
-            )
-            for index in layers:
-                decoder.unload(index)
+            with self.clock("calibrate"):
+                found = self.stream.run(
+                    number,
+                    layers,
+                    set() if known else watched,
+                    last=dropped,
+                    on_batch=on_batch if at_end else lambda _: None,
+                )
+            maxima = maxima or found
         states = self.stream.states(number + 1)
         digest = None if dropped else states.digest()
         record = {"pass": number, "amax": _values(maxima), "hidden": digest}
@@ -188,39 +233,65 @@ class Stage(NamedTuple):
         """Quantize a layer and have it written and journaled."""
         plan, scheme = self.job.plans[index], self.job.scheme
         amax = canonical.weight_amax(plan.linears, maxima, scheme)
-        names: list[str] = []
-        errors: dict[str, Any] = {}
-
-        def write(encoded: Mapping[str, Tensor]) -> None:
-            for name, tensor in encoded.items():
-                self.writer.write(name, tensor.cpu())
-
-        def put(tensors: Mapping[str, Tensor]) -> None:
-            encoded = self.job.encode(tensors)
-            names.extend(encoded)
-            with self.clock("wait for disk"):
-                lane.wait_below(_WAITING)
-            lane.write(lambda: write(encoded))
-
+        output = _Output(self, lane)
         for unit in canonical.units(plan, self.job.dialect.fuses):
             self.before_unit()
             with self.clock("quantize"):
                 folded, noise = canonical.quantize_unit(
                     unit, tensors, amax, activations, scheme, casts.map
                 )
-            errors |= {module: error._asdict() for module, error in noise.items()}
-            put(folded)
-        put(canonical.cache_scales(plan, activations, scheme))
-        weights = _values({name: maxima[name] for name in plan.tensors})
+            output.put(folded, noise)
+        output.put(canonical.cache_scales(plan, activations, scheme))
+        output.finish(index, maxima)
 
-        def finish() -> None:
-            self.writer.sync()
-            digests = {name: self.writer.digests[name] for name in names}
-            self.journal.append(
-                {"layer": index, "amax": weights, "errors": errors, "tensors": digests}
-            )
-
-        lane.settle(finish)
+    def _quantize_in_turn(
+        self,
+        number: int,
+        tensors: dict[str, Tensor],
+        maxima: Mapping[str, Tensor],
+        lane: _Lane,
+        casts: ThreadPoolExecutor,
+        on_batch: Callable[[int], None],
+    ) -> None:
+        """Quantize the one layer of a pass, the linear layers that share an input together and in the order they
+        are computed in: each sees its inputs as those before it, quantized, give them."""
+        assert self.stream is not None
+        (index,) = self.passes[number]
+        plan, scheme, decoder = self.job.plans[index], self.job.scheme, self.job.decoder
+        amax = canonical.weight_amax(plan.linears, maxima, scheme)
+        output, activations = _Output(self, lane), dict[str, Tensor]()
+        units = canonical.units(plan, self.job.dialect.fuses)
+        with self.clock("calibrate"):
+            decoder.load(index, tensors)
+        for turn in canonical.turns(plan):
+            cached = scheme.kv_cache == "fp8" and any(name.endswith("k_proj") for name in turn)
+            if not cached and not amax.keys() & set(turn):
+                continue
+            with self.clock("calibrate"):
+                inputs = self.stream.look(number, index, turn, cache=cached)
+            activations |= inputs.maxima
+            with self.clock("round"):
+                feedback = gptq.prepare(inputs.moments)
+            del inputs
+            for unit in [unit for unit in units if any(f"{name}.weight" in unit for name in turn)]:
+                units.remove(unit)
+                self.before_unit()
+                with self.clock("round"):
+                    folded, noise = canonical.quantize_unit(
+                        unit, tensors, amax, activations, scheme, casts.map, feedback
+                    )
+                _compute_with(decoder, index, folded)
+                output.put(folded, noise)
+            if cached:
+                scales = canonical.cache_scales(plan, activations, scheme)
+                _cache_with(decoder, index, scales)
+                output.put(scales)
+        for unit in units:
+            output.put(canonical.quantize_unit(unit, tensors, amax, activations, scheme)[0])
+        # Before the pass, which a run that finds the layer unfinished has to do again.
+        output.finish(index, maxima)
+        self._move_on(number, activations, lane, on_batch)
+        decoder.unload(index)
 
     def _read(self, todo: Sequence[int]) -> Generator[dict[str, Tensor], None, None]:
         """The tensors of each pass to do; with read-ahead, the next pass is read meanwhile.
@@ -268,6 +339,43 @@ class Stage(NamedTuple):
                 if ahead and position + 1 < len(todo):
                     upcoming = reads.submit(read, position + 1)
                 yield tensors
+
+
+class _Output:
+    """What becomes of one layer, on its way to the disk and the journal."""
+
+    def __init__(self, stage: Stage, lane: _Lane) -> None:
+        self._stage, self._lane = stage, lane
+        self._names: list[str] = []
+        self._errors: dict[str, Any] = {}
+
+    def put(self, tensors: Mapping[str, Tensor], errors: Mapping[str, Any] = {}) -> None:
+        """Have canonical tensors written, and keep what rounding did to them."""
+        stage, encoded = self._stage, self._stage.job.encode(tensors)
+        self._names.extend(encoded)
+        self._errors |= errors
+        with stage.clock("wait for disk"):
+            self._lane.wait_below(_WAITING)
+
+        def write() -> None:
+            for name, tensor in encoded.items():
+                stage.writer.write(name, tensor.cpu())
+
+        self._lane.write(write)
+
+    def finish(self, index: int, maxima: Mapping[str, Tensor]) -> None:
+        """Have layer ``index`` journaled, once it is on the disk."""
+        stage = self._stage
+        weights = _values({name: maxima[name] for name in stage.job.plans[index].tensors})
+
+        def settle() -> None:
+            stage.writer.sync()
+            digests = {name: stage.writer.digests[name] for name in self._names}
+            stage.journal.append(
+                {"layer": index, "amax": weights, "errors": self._errors, "tensors": digests}
+            )
+
+        self._lane.settle(settle)
 
 
 class _Lane:
@@ -325,6 +433,28 @@ def _done() -> Future[None]:
     future: Future[None] = Future()
     future.set_result(None)
     return future
+
+
+def _compute_with(decoder: Decoder, index: int, folded: Mapping[str, Tensor]) -> None:
+    """Have a loaded layer compute with quantized weights."""
+    linears = decoder.linears(index)
+    for name in [name for name in folded if name.endswith(".weight_scale")]:
+        module = name.removesuffix(".weight_scale")
+        made = Fp8Linear.of(
+            linears[module],
+            folded[f"{module}.weight"],
+            folded[name],
+            folded.get(f"{module}.input_scale"),
+        )
+        decoder.replace(index, module, made)
+
+
+def _cache_with(decoder: Decoder, index: int, scales: Mapping[str, Tensor]) -> None:
+    """Have a loaded layer's attention round keys and values as an FP8 cache does."""
+    for block, _ in list(decoder.attention_blocks(index)):
+        cache = Fp8KeyValueCache()
+        cache.k_scale, cache.v_scale = (scales[f"{block}.{kind}_scale"] for kind in ("k", "v"))
+        decoder.replace(index, f"{block}.kv_cache", cache)
 
 
 def carry_rest(job: Job, writer: CheckpointWriter, journal: Journal) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +27,7 @@ from octavo.calibration import (
     batch_sizes,
     load_tokens,
 )
+from octavo.calibration.tokens import _pieces
 from octavo.checkpoint import Checkpoint
 from octavo.decoder import Decoder
 from octavo.fused import fused_kernels, tensor_amax
@@ -274,6 +276,18 @@ class TestTokens:
         letters = {byte: id for id, byte in enumerate(sorted(_byte_level_alphabet()))}
         expected = [letters[char] for char in _byte_level(joined)]
         assert tokens.flatten().tolist() == expected[: tokens.numel()]
+
+    @given(text=st.text(alphabet="ab \n", max_size=300))
+    def test_long_documents_are_cut_between_words(self, text: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("octavo.calibration.tokens.LONGEST", 20)
+            pieces = list(_pieces(text))
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 20
+        for before, after in pairwise(pieces):
+            # Nothing else was there to cut at.
+            assert after[0] in " \n" or not set(" \n") & set(before[1:])
+            assert "\n\n" not in before[1:] or after[:2] == "\n\n"
 
     def test_token_ids_are_used_as_they_are(self, model: Path, tmp_path: Path) -> None:
         path = tiny.save_ids(tmp_path / "ids.npy", samples=6, seq_len=20)

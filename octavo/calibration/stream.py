@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo.calibration.hidden import HiddenShape, HiddenStates
+from octavo.calibration.moments import SecondMoments
 from octavo.calibration.observers import AmaxObserver
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
@@ -30,6 +32,22 @@ def batches_at_once(device: torch.device, cores: int) -> int:
     """How many batches to compute at a time: one on each core of a CPU
     (:func:`octavo.threads.one_thread_each`); on a GPU one is copied while another is computed."""
     return 2 if device.type == "cuda" else cores
+
+
+class Inputs(NamedTuple):
+    """What linear layers that share an input see.
+
+    Attributes:
+        maxima: amax by name, float32 scalars, as :meth:`CalibrationStream.run` gives it.
+        moments: the sum of ``xᵀ x``, float32 ``[width, width]``.
+    """
+
+    maxima: dict[str, Tensor]
+    moments: Tensor
+
+
+class _Reached(Exception):  # noqa: N818 (nothing is wrong)
+    """A forward pass has come as far as it is needed."""
 
 
 class CalibrationStream:
@@ -73,6 +91,7 @@ class CalibrationStream:
         # A batch to each core: no operation waits for another thread, those that PyTorch does not
         # parallelize run in parallel too, and a core that is busy elsewhere delays one batch instead of
         # every operation.
+        self._workers = workers
         self._pool = ThreadPoolExecutor(workers, "octavo-layer")
         self._disk = ThreadPoolExecutor(1, "octavo-hidden")
 
@@ -94,6 +113,13 @@ class CalibrationStream:
         batches = torch.split(tokens, list(self._states[0].shape.batches))
         for index, hidden in enumerate(self._decoder.embed(batches)):
             self._states[0].write(index, hidden.cpu())
+
+    def receive(self) -> None:
+        """Take all batches from the source into the place in front of the first pass, to be read more than once."""
+        assert self._source is not None
+        source, self._source = self._source, None
+        for index in range(len(self._states[0].shape.batches)):
+            self._states[0].write(index, source(index))
 
     def states(self, place: int) -> HiddenStates:
         """The hidden states behind pass number ``place - 1`` and in front of number ``place``."""
@@ -150,6 +176,59 @@ class CalibrationStream:
             maxima = observer.result()
         self._check(maxima)
         return maxima
+
+    def look(self, place: int, layer: int, names: Sequence[str], *, cache: bool) -> Inputs:
+        """Run the samples into a loaded decoder layer, as far as what is looked for.
+
+        Args:
+            place: number of the pass.
+            layer: which.
+            names: linear layers that share an input.
+            cache: also look at what the cache gets, which comes after these inputs.
+
+        Raises:
+            OctavoError: an activation is NaN or infinite.
+        """
+        module, device = self._decoder.layers[layer], self._decoder.device
+        linear = self._decoder.linears(layer)[names[0]]
+        moments = SecondMoments(linear.in_features, device)
+        seen = threading.local()
+
+        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.inputs = args[0]
+
+        def stop(*_: Any) -> None:
+            raise _Reached
+
+        @torch.inference_mode()
+        def step(index: int) -> Tensor:
+            self._before_batch()
+            with _own_stream(device), suppress(_Reached):
+                hidden = self.states(place).read(index).to(device, non_blocking=True)
+                module(hidden, **self._kwargs[layer])
+            inputs: Tensor = seen.inputs
+            return inputs
+
+        with ExitStack() as contexts:
+            observer = contexts.enter_context(AmaxObserver())
+            contexts.enter_context(fused_kernels(module))
+            for name in names:
+                observer.watch_input(name, linear)
+            contexts.callback(linear.register_forward_pre_hook(catch).remove)
+            last = linear
+            if cache:
+                for name, block in self._decoder.attention_blocks(layer):
+                    observer.watch_key_value(f"{name}.k", f"{name}.v", block.kv_cache)
+                    last = block.kv_cache
+            # After the observer's: hooks are called in the order they came.
+            contexts.callback(last.register_forward_pre_hook(stop).remove)
+            count = len(self._states[0].shape.batches)
+            for first in range(0, count, self._workers):
+                batches = range(first, min(first + self._workers, count))
+                moments.add(list(self._pool.map(step, batches)), self._pool.map)
+            maxima = observer.result()
+        self._check(maxima)
+        return Inputs(maxima, moments.result())
 
     def _all_batches(self, step: Callable[[int], None], target: HiddenStates, last: bool) -> None:
         count = len(target.shape.batches)

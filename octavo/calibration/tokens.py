@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Samples are drawn from the first windows of a source, up to this many times as many as asked for:
 # enough to mix documents, and a bound on what is read from a source of any size.
 _POOL = 16
+
+# Characters tokenized at a time, at most: a tokenizer takes some two hundred times as much memory.
+LONGEST = 1 << 17
 
 
 class Calibration(BaseModel):
@@ -156,7 +159,19 @@ def _tokenize(
 
 
 def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterable[np.ndarray]:
-    for text in texts:
-        if text.strip():
+    for piece in (piece for text in texts for piece in _pieces(text)):
+        if piece.strip():
             # verbose=False: a document longer than the model's context is cut up later.
-            yield np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+            yield np.asarray(tokenizer(piece, verbose=False)["input_ids"], dtype=np.int64)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A document in pieces that are tokenized by themselves: at ends of paragraphs, or else between words."""
+    begin = 0
+    while len(text) - begin > LONGEST:
+        end = begin + LONGEST
+        found = (text.rfind(mark, begin + 1, end) for mark in ("\n\n", "\n", " "))
+        cut = next((place for place in found if place > 0), end)
+        yield text[begin:cut]
+        begin = cut
+    yield text[begin:]

@@ -25,6 +25,11 @@ class KvCache(StrEnum):
     none = "none"
 
 
+class Rounding(StrEnum):
+    nearest = "nearest"
+    gptq = "gptq"
+
+
 @command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, or a hub id.")],
@@ -70,6 +75,13 @@ def quantize(
     merge_scales: Annotated[
         bool, typer.Option("--merge-scales", help="One weight scale for q/k/v and for gate/up.")
     ] = False,
+    rounding: Annotated[
+        Rounding,
+        typer.Option(
+            help="How weights become FP8 numbers. gptq looks at each layer's inputs: nearer to the model at the "
+            "same format and speed, and slower to make."
+        ),
+    ] = Rounding.nearest,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     max_memory: Annotated[
@@ -115,6 +127,7 @@ def quantize(
                 kv_cache=None if kv_cache is None else kv_cache.value,
                 exclude=tuple(exclude or ()),
                 merge_scales=merge_scales,
+                rounding=rounding.value,
             ),
             calibration=Calibration(
                 source=calib,

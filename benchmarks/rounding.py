@@ -1,0 +1,136 @@
+"""What GPTQ's codes win at the same format, and which of its ingredients pay.
+
+Editions of one model are made with codes to nearest and by GPTQ, in variants that differ in one thing, from two
+calibration texts, and each is scored on two texts that none was calibrated on: KL from the BF16 model and
+perplexity. Variants that the tool does not offer are made by putting something else in the place of a function.
+
+Usage: python -m benchmarks.rounding WIKI.test.raw WIKI.valid.tokens [--windows 16] [--only NAME …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import CACHE, RESULTS, sample_model, save
+from octavo import Calibration, quantize
+from octavo.allocator import keep_freed_memory
+from octavo.evaluation import evaluate
+from octavo.rounding import gptq
+from octavo.scheme import scheme_called
+
+
+class Variant(NamedTuple):
+    """One way to make an edition.
+
+    Attributes:
+        name: in the table.
+        rounding: of the scheme.
+        samples: of calibration, of 512 tokens.
+        on_wikitext: calibrate on WikiText-2's validation text instead of the built-in one.
+        change: what else is different.
+    """
+
+    name: str
+    rounding: str = "gptq"
+    samples: int = 128
+    on_wikitext: bool = False
+    change: Callable[[], Any] | None = None
+
+
+@contextmanager
+def damping(value: float) -> Iterator[None]:
+    with patch.object(gptq, "prepare", partial(gptq.prepare, damping=value)):
+        yield
+
+
+@contextmanager
+def order_of_columns() -> Iterator[None]:
+    """Columns one after another, as they are stored."""
+
+    def unordered(values: Tensor, **_: Any) -> Tensor:
+        return torch.arange(len(values))
+
+    with patch.object(gptq, "argsort", unordered):
+        yield
+
+
+VARIANTS = [
+    Variant("nearest", "nearest"),
+    Variant("gptq"),
+    Variant("nearest, on WikiText-2", "nearest", on_wikitext=True),
+    Variant("gptq, on WikiText-2", on_wikitext=True),
+    Variant("gptq, 32 samples", samples=32),
+    Variant("gptq, 64 samples", samples=64),
+    Variant("gptq, 256 samples", samples=256),
+    Variant("gptq, columns as stored", change=order_of_columns),
+    *(
+        Variant(f"gptq, damping {value:g}", change=partial(damping, value))
+        for value in (0.001, 0.003, 0.03, 0.1)
+    ),
+]
+
+
+def measure(
+    variant: Variant, model: Path, wikitext: Path, texts: dict[str, str], windows: int
+) -> dict[str, Any]:
+    """Make one edition and score it."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        out = Path(scratch) / "out"
+        source = str(wikitext) if variant.on_wikitext else "builtin"
+        begin = time.perf_counter()
+        with variant.change() if variant.change else patch.object(gptq, "DAMPING", gptq.DAMPING):
+            quantize(
+                model,
+                out,
+                scheme=scheme_called("fp8", rounding=variant.rounding),
+                calibration=Calibration(source=source, samples=variant.samples),
+            )
+        result: dict[str, Any] = {"seconds": time.perf_counter() - begin}
+        for name, text in texts.items():
+            found: Any = evaluate(out, task="kl", data=text, reference=model, limit=windows)
+            result[name] = {
+                key: getattr(found, key)
+                for key in (
+                    *("kl", "kl_standard_error", "perplexity", "reference_perplexity"),
+                    *("perplexity_ratio", "ratio_standard_error", "tokens"),
+                )
+            }
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("test", type=Path, help="WikiText-2's test text")
+    parser.add_argument("valid", type=Path, help="WikiText-2's validation text")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--only", nargs="+", default=[one.name for one in VARIANTS])
+    options = parser.parse_args()
+    keep_freed_memory()
+    CACHE.mkdir(exist_ok=True)
+    wikitext = CACHE / "wikitext-2-valid.txt"
+    wikitext.write_text(options.valid.read_text())
+    texts = {"wikitext-2 test": str(options.test), "builtin": "builtin"}
+    path = RESULTS / "rounding.json"
+    variants: dict[str, Any] = json.loads(path.read_text())["variants"] if path.exists() else {}
+    for variant in [one for one in VARIANTS if one.name in options.only]:
+        found = measure(variant, sample_model(), wikitext, texts, options.windows)
+        variants[variant.name] = found
+        kls = ", ".join(f"{name}: KL {found[name]['kl']:.5f}" for name in texts)
+        print(f"{variant.name}: {found['seconds']:.0f} s, {kls}", flush=True)
+        save("rounding", {"windows": options.windows, "variants": variants})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Second moments of a linear layer's inputs: the sum of ``xᵀ x`` over all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from octavo.fp8 import Map
+
+# Rows and columns of a part of the matrix that is summed by one thread.
+_TILE = 256
+
+
+class SecondMoments:
+    """Summed in float32, in the order of the batches, however many threads there are.
+
+    Attributes:
+        total: float32 ``[width, width]``; tiles above the diagonal are filled by :meth:`result`.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, width, device=device)
+
+    def add(self, batches: Sequence[Tensor], over: Map) -> None:
+        """Add the inputs of some batches.
+
+        Args:
+            batches: ``[..., width]`` each, any floating dtype.
+            over: applied to tiles of the sum.
+        """
+        width = len(self.total)
+        rows = [batch.reshape(-1, width).float() for batch in batches]
+
+        def tile(place: tuple[int, int]) -> None:
+            top, left = (slice(start, start + _TILE) for start in place)
+            for x in rows:
+                self.total[top, left].addmm_(x[:, top].t(), x[:, left])
+
+        with _exact_products(batches[0].dtype):
+            list(over(tile, _tiles(width)))
+
+    def result(self) -> Tensor:
+        """The whole matrix."""
+        for first, second in _tiles(len(self.total)):
+            top, left = slice(first, first + _TILE), slice(second, second + _TILE)
+            # A tile on the diagonal is whole.
+            if first != second:
+                self.total[left, top] = self.total[top, left].t()
+        return self.total
+
+
+def _tiles(width: int) -> Iterator[tuple[int, int]]:
+    """Where tiles begin, those on the diagonal and below."""
+    for top in range(0, width, _TILE):
+        for left in range(0, top + 1, _TILE):
+            yield top, left
+
+
+@contextmanager
+def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+    """Have float32 products of what are BF16 numbers computed by BF16 instructions: exactly, and much faster."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

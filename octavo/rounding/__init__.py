@@ -1,0 +1,1 @@
+"""How weights become E4M3 numbers where the nearest is not the best."""
