@@ -341,8 +341,8 @@ def _settings(
         rows=0 if tokens is None else len(torch.unique(tokens)),
         program=program,
     )
-    if workers is None or tokens is None or job.scheme.rounding != "nearest":
-        # Nothing is gained by holding several layers.
+    if workers is None or tokens is None:
+        # Without calibration nothing is gained by holding several layers.
         return settings
     limit = None if on_gpu else max_memory
     return hold_layers(job, settings, tokens.shape, kind, workers, limit)

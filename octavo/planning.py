@@ -46,6 +46,9 @@ _START, _RAY_START = 3.0, 7.0
 _PROBE_BYTES, _PROBE_ELEMENTS = 256 << 20, 1 << 25
 _PROBE_WIDTH = 4096
 
+# How many products of BF16 a processor computes in the time of one of float32.
+_FLOAT32 = 10
+
 
 class Rates(NamedTuple):
     """What a worker's machine does in a second.
@@ -284,12 +287,31 @@ def _layer_seconds(job: Job, rates: Rates, tokens: Tensor | None, hidden: int) -
     """Seconds of one decoder layer, by what is done."""
     nbytes = max(job.layer_bytes(index) for index in range(len(job.plans))) / 1e9
     written = sum(tensor.nbytes for tensor in job.layout([0]).values()) / 1e9
+    flops = 0.0 if tokens is None else _flops(job, tokens)
     return {
         "read": nbytes * (1 / rates.read + (1 / rates.link if rates.link else 0)),
-        "calibrate": 0.0 if tokens is None else layer_flops(job, tokens) / rates.product / 1e12,
+        "calibrate": flops / rates.product / 1e12,
         "cast": nbytes / rates.cast,
         "write": written / rates.write + hidden / 1e9 / rates.write,
     }
+
+
+def _flops(job: Job, tokens: Tensor) -> float:
+    """Floating point operations of a decoder layer's calibration, in products of BF16."""
+    once = layer_flops(job, tokens)
+    if job.scheme.rounding == "nearest":
+        return once
+    # The samples run up to each group of linear layers, then through the whole; second moments of what they see
+    # (one half, being symmetric); and each weight's rounding, in float32.
+    shapes = [
+        [job.checkpoint[f"{name}.weight"].shape for name in turn]
+        for turn in canonical.turns(job.plans[0])
+    ]
+    sizes = [sum(map(_elements, turn)) for turn in shapes]
+    up_to = sizes[0] + sum(sum(sizes[:number]) for number in range(1, len(sizes)))
+    moments = sum(turn[0][1] ** 2 for turn in shapes)
+    feedback = sum(2 * rows * columns**2 for turn in shapes for rows, columns in turn)
+    return once + tokens.numel() * (2.0 * up_to + moments) + _FLOAT32 * feedback
 
 
 def layer_flops(job: Job, tokens: Tensor) -> float:

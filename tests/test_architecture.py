@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "decoder": {"errors", "attention", "checkpoint", "skeleton"},
     "fused": {"fp8", "kernels"},
     "formats": {"errors", "scheme"},
-    "rounding": {"errors", "fp8", "kernels"},
+    "rounding": {"errors", "fp8", "kernels", "scheme"},
     "canonical": {"errors", "fp8", "rounding", "scheme"},
     "kernels": set(),
     "calibration": {"errors", "fp8", "fused", "checkpoint", "decoder", "tokenizer"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def _tiles(width: int) -> Iterator[tuple[int, int]]:
 @contextmanager
 def _exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Have float32 products of what are BF16 numbers computed by BF16 instructions: exactly, and much faster."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if dtype == torch.bfloat16:
         matmul.fp32_precision = "bf16"

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from octavo.allocator import quick_imports
 from octavo.cli.program import command
-from octavo.cli.quantize import KvCache
+from octavo.cli.quantize import KvCache, Rounding
 from octavo.console import results_table, stdout
 from octavo.formats import FORMATS
 from octavo.units import format_bytes, format_seconds, parse_bytes
@@ -37,6 +37,7 @@ def plan(
     format: Annotated[str, typer.Option(help=f"Dialect: {', '.join(FORMATS)}.")] = "modelopt",
     scheme: Annotated[str, typer.Option(help="As for quantize.")] = "fp8",
     kv_cache: Annotated[KvCache | None, typer.Option(help="As for quantize.")] = None,
+    rounding: Annotated[Rounding, typer.Option(help="As for quantize.")] = Rounding.nearest,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences; 128.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens in each; 512.")] = None,
     max_memory: Annotated[
@@ -55,7 +56,11 @@ def plan(
         from octavo.scheme import scheme_called
     found = run(
         model,
-        scheme=scheme_called(scheme, kv_cache=None if kv_cache is None else kv_cache.value),
+        scheme=scheme_called(
+            scheme,
+            kv_cache=None if kv_cache is None else kv_cache.value,
+            rounding=rounding.value,
+        ),
         calibration=Calibration(samples=samples, seq_len=seq_len),
         format=format,
         device=device,

@@ -212,6 +212,9 @@ def hold_layers(
         workers: how many there are.
         limit: bytes that each may take of its device's memory; None for what is usual.
     """
+    if job.scheme.rounding != "nearest":
+        # All samples run through each layer several times before any gets to the next.
+        return settings
     more = hold_more(
         layer_shape(job),
         settings,

@@ -16,6 +16,7 @@ from torch import Tensor, argsort
 
 from octavo import fp8, kernels
 from octavo.errors import OctavoError
+from octavo.scheme import BLOCK
 
 # Added to the diagonal of the second moments, as a share of its mean (Frantar et al., section 3.3).
 DAMPING = 0.01
@@ -112,7 +113,7 @@ def round_weight(
     """
     height, columns = weight.shape
     # Whole blocks, for scales of blocks.
-    step = -(-max(_STRIP // columns, 1) // fp8.BLOCK) * fp8.BLOCK
+    step = -(-max(_STRIP // columns, 1) // BLOCK) * BLOCK
     tops = range(0, height, step)
 
     def strip(top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,23 +141,36 @@ def _round_rows(weight: Tensor, scale: Tensor, given: Feedback) -> tuple[Tensor,
     at_nearest = moved.square_().sum(dim=1)
     del moved
     work = work[:, given.order]
-    codes = torch.empty(rows, columns, dtype=fp8.E4M3)
-    losses = torch.zeros(rows)
+    codes = torch.empty_like(nearest)
+    losses = torch.zeros_like(at_nearest)
     for start in range(0, columns, _COLUMNS):
         block = slice(start, start + _COLUMNS)
         place = given.order[block]
-        errors = torch.empty(rows, len(place))
-        chosen = torch.empty(rows, len(place), dtype=torch.uint8)
-        kernels.round_with_feedback(
+        errors = torch.empty_like(work[:, block])
+        chosen = torch.empty_like(errors, dtype=fp8.E4M3)
+        feed_back = kernels.round_with_feedback if errors.device.type == "cpu" else _feed_back
+        feed_back(
             work[:, block],
             given.factor[block, block],
             scales[:, place].contiguous(),
-            chosen.view(fp8.E4M3),
+            chosen,
             errors,
         )
-        codes.view(torch.uint8)[:, place] = chosen
+        codes.view(torch.uint8)[:, place] = chosen.view(torch.uint8)
         losses += errors.square().sum(dim=1)
         work[:, block.stop :] -= errors @ given.factor[block, block.stop :]
     kept = losses >= at_nearest
     codes.view(torch.uint8)[kept] = nearest.view(torch.uint8)[kept]
     return codes, losses, at_nearest
+
+
+def _feed_back(
+    weight: Tensor, factor: Tensor, scales: Tensor, codes: Tensor, errors: Tensor
+) -> None:
+    """:func:`octavo.kernels.round_with_feedback` on any device."""
+    for column in range(len(factor)):
+        values, scale = weight[:, column], scales[:, column]
+        scaled = (values / scale).clamp_(-fp8.E4M3_MAX, fp8.E4M3_MAX).to(fp8.E4M3)
+        codes.view(torch.uint8)[:, column] = scaled.view(torch.uint8)
+        errors[:, column] = (values - scaled.float() * scale) / factor[column, column]
+        weight[:, column:] -= errors[:, column : column + 1] * factor[column, column:]
