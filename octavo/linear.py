@@ -43,7 +43,7 @@ class Fp8Linear(nn.Module):
     """``y = x Wᵀ + b`` in E4M3.
 
     Attributes:
-        weight: ``float8_e4m3fn`` ``[out, in]``.
+        weight: ``float8_e4m3fn`` ``[out, in]``, or the same numbers in the dtype the layer computes in.
         weight_scale: float32, a scalar, ``[out, 1]``, or one for each block.
         input_scale: float32 scalar; absent (None) where inputs are scaled per token as they come.
         bias: the model's dtype, ``[out]``, or None.
@@ -73,10 +73,21 @@ class Fp8Linear(nn.Module):
     def of(
         cls, linear: nn.Linear, weight: Tensor, weight_scale: Tensor, input_scale: Tensor | None
     ) -> Fp8Linear:
-        """In the place of a linear layer, with its bias and tensors of the attributes' shapes."""
+        """In the place of a linear layer, with its bias and tensors of the attributes' shapes.
+
+        On a CPU codes are decoded now rather than at each call: twice the memory of codes, and faster.
+        """
         inputs: Inputs = "dynamic" if input_scale is None else "static"
         made = cls(linear, inputs, tuple(weight_scale.shape))
-        made.weight, made.weight_scale, made.input_scale = weight, weight_scale, input_scale
+        made.weight_scale, made.input_scale = weight_scale, input_scale
+        made.weight = weight
+        if (
+            linear.weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and not made._blocks
+        ):
+            made.weight = torch.empty_like(weight, dtype=torch.bfloat16)
+            kernels.from_e4m3(weight.reshape(-1), made.weight.view(-1))
         return made
 
     weight: Tensor
@@ -160,7 +171,7 @@ def _product(x: Rounded, weight: Tensor, weight_scale: Tensor, bias: Tensor | No
 
 def _decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """E4M3 numbers ``[channels, in]`` in ``dtype``, valid until the thread decodes the next."""
-    if dtype != torch.bfloat16 or codes.device.type != "cpu":
+    if dtype != torch.bfloat16 or codes.device.type != "cpu" or codes.dtype == dtype:
         return codes.to(dtype)
     if not hasattr(_tiles, "buffer") or len(_tiles.buffer) < codes.numel():
         _tiles.buffer = torch.empty(codes.numel(), dtype=dtype)

@@ -43,10 +43,10 @@ _WAITING = 2
 # What a matrix product takes beside its operands: bytes for each token, and in any case.
 _PRODUCT, _PRODUCT_LEAST = 4_000, 1_000_000
 
-# Bytes for each element of a matrix of second moments while it is factored: two of float32, and one of those is
-# what PyTorch hands to LAPACK. Of the rows of a weight that each core rounds by it: some float32 copies.
-_MOMENTS = 12
-_STRIP = 64_000_000
+# Bytes for each element of a matrix of second moments while it is factored: in float32 itself, in order, its
+# inverse, that one's factor, and what LAPACK gets. Of the rows of a weight that each core rounds by it: some copies.
+_MOMENTS = 20
+_STRIP = 48_000_000
 
 # Float32 copies of what each core casts at a time, of other dtypes than BF16.
 _CAST = 24_000_000
@@ -389,7 +389,7 @@ def _need(
         weight=shape.largest
         + (0 if shape.fused else settings.workers * _CAST)
         + (settings.workers * _STRIP if shape.widest else 0),
-        moments=_MOMENTS * shape.widest**2 + shape.nbytes // 2 if shape.widest else 0,
+        moments=_MOMENTS * shape.widest**2 + shape.nbytes if shape.widest else 0,
         batches=count * batch_memory(shape, settings, seq_len, samples) if seq_len else 0,
     )
 

@@ -33,7 +33,7 @@ from octavo.memory import (
     hold_more,
     peak_memory,
 )
-from octavo.scheme import Scheme
+from octavo.scheme import Rounding, Scheme
 from octavo.units import parse_bytes
 
 CPU = torch.device("cpu")
@@ -158,32 +158,36 @@ def peak(ran: subprocess.CompletedProcess[str]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("samples", "seq_len", "threads"), [(4, 16, 2), (16, 128, 1), (16, 128, 2)]
+    ("samples", "seq_len", "threads", "rounding"),
+    [(4, 16, 2, "nearest"), (16, 128, 1, "nearest"), (16, 128, 2, "nearest"), (16, 128, 2, "gptq")],
 )
 def test_a_run_stays_below_the_bound_and_near_it(
-    samples: int, seq_len: int, threads: int, wide: Path, tmp_path: Path
+    samples: int, seq_len: int, threads: int, rounding: Rounding, wide: Path, tmp_path: Path
 ) -> None:
     ids = tiny.save_ids(tmp_path / "ids.npy", samples=samples, seq_len=seq_len)
-    job = open_job(wide, Scheme(), "modelopt", CPU)
+    job = open_job(wide, Scheme(rounding=rounding), "modelopt", CPU)
     work = {"seq_len": seq_len, "cores": threads, "layers": 3, "samples": samples, "rows": 256}
     settings = choose_settings(layer_shape(job), None, 1024, **work)
     bound = peak_memory(layer_shape(job), settings, **work)
-    measured = peak(run(wide, tmp_path / "out", "--calib", str(ids), threads=threads))
+    options = ("--calib", str(ids), "--rounding", rounding)
+    measured = peak(run(wide, tmp_path / "out", *options, threads=threads))
     assert bound - 150e6 <= measured <= bound
 
 
-def test_the_least_that_is_asked_for_is_enough(wide: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_the_least_that_is_asked_for_is_enough(rounding: str, wide: Path, tmp_path: Path) -> None:
     ids = tiny.save_ids(tmp_path / "ids.npy", samples=64, seq_len=128)
-    options = ("--calib", str(ids), "--max-memory")
+    options = ("--calib", str(ids), "--rounding", rounding, "--max-memory")
     refused = run(wide, tmp_path / "out", *options, "600MB")
     assert refused.returncode == 2
-    told = re.search(r"takes ([\d.]+ MB) at least", refused.stderr)
+    told = re.search(r"takes ([\d.]+ ([MG])B) at least", refused.stderr)
     assert told
     assert not (tmp_path / "out").exists()
     # What is told is rounded.
-    limit = parse_bytes(told[1]) + 100_000
+    step = {"M": 100_000, "G": 10_000_000}[told[2]]
+    limit = parse_bytes(told[1]) + step
     assert peak(run(wide, tmp_path / "out", *options, str(limit))) <= limit
-    assert run(wide, tmp_path / "out", *options, str(limit - 300_000)).returncode == 2
+    assert run(wide, tmp_path / "out", *options, str(limit - 3 * step)).returncode == 2
 
 
 def test_results_do_not_depend_on_how_many_batches_are_computed_at_a_time(

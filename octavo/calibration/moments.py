@@ -11,8 +11,8 @@ from torch import Tensor
 
 from octavo.fp8 import Map
 
-# Rows and columns of a part of the matrix that is summed by one thread.
-_TILE = 256
+# Rows and columns of a part of the matrix that is summed by one thread: a third, but in steps and not too large.
+_STEP, _LARGEST = 64, 2048
 
 
 class SecondMoments:
@@ -35,8 +35,8 @@ class SecondMoments:
         width = len(self.total)
         rows = [batch.reshape(-1, width).float() for batch in batches]
 
-        def tile(place: tuple[int, int]) -> None:
-            top, left = (slice(start, start + _TILE) for start in place)
+        def tile(place: tuple[slice, slice]) -> None:
+            top, left = place
             for x in rows:
                 self.total[top, left].addmm_(x[:, top].t(), x[:, left])
 
@@ -45,18 +45,19 @@ class SecondMoments:
 
     def result(self) -> Tensor:
         """The whole matrix."""
-        for first, second in _tiles(len(self.total)):
-            top, left = slice(first, first + _TILE), slice(second, second + _TILE)
+        for top, left in _tiles(len(self.total)):
             # A tile on the diagonal is whole.
-            if first != second:
+            if top != left:
                 self.total[left, top] = self.total[top, left].t()
         return self.total
 
 
-def _tiles(width: int) -> Iterator[tuple[int, int]]:
-    """Where tiles begin, those on the diagonal and below."""
-    for top in range(0, width, _TILE):
-        for left in range(0, top + 1, _TILE):
+def _tiles(width: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the tiles on the diagonal and below."""
+    size = min(-(-width // (3 * _STEP)) * _STEP, _LARGEST)
+    parts = [slice(start, min(start + size, width)) for start in range(0, width, size)]
+    for number, top in enumerate(parts):
+        for left in parts[: number + 1]:
             yield top, left
 
 

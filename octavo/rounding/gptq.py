@@ -28,7 +28,7 @@ _RAISE, _TRIES = 10.0, 5
 _COLUMNS = 128
 
 # Elements of the rows that are worked on at a time.
-_STRIP = 1 << 21
+_STRIP = 1 << 17
 
 
 class Feedback(NamedTuple):

@@ -90,13 +90,18 @@ def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
 
 
 def run(
-    models: Path, output: Path, model: str = "llama", scheme: str = "fp8", **options: Any
+    models: Path,
+    output: Path,
+    model: str = "llama",
+    scheme: str = "fp8",
+    rounding: str = "nearest",
+    **options: Any,
 ) -> QuantizeResult:
     """Quantize one of the models, as a single process or with the options of one that has workers."""
     return quantize(
         models / model,
         output,
-        scheme=scheme_called(scheme),
+        scheme=scheme_called(scheme, rounding=rounding),
         calibration=Calibration(source=str(models / "ids.npy")),
         shard_size=100_000,
         **options,

@@ -45,6 +45,12 @@ def test_workers_write_what_one_process_writes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output"]
 
 
+def test_gptq_on_workers(spread: Quantize, alone: Alone, tmp_path: Path) -> None:
+    options = {"scheme": "fp8", "rounding": "gptq", "format": "modelopt"}
+    spread(tmp_path / "output", "llama", workers=3, **options)
+    assert contents(tmp_path / "output") == alone("llama", **options)
+
+
 def test_each_layer_is_read_once_and_stages_overlap(
     spread: Quantize, alone: Alone, models: Path, watch: Watch
 ) -> None:
