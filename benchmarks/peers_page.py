@@ -30,7 +30,7 @@ start to exit, alternating, on one machine with {cores} cores ({cpu}), {memory_g
 
 Calibrated: static FP8 weights and inputs, a scale for each tensor, and FP8 keys and values, of every linear
 layer but the head. What each tool wrote is checked: every weight in FP8 with its scales, and scales equal to
-Octavo's up to rounding. Medians of {rounds} rounds; what is slow or there for its memory alone ran in the first
+Octavo's up to rounding. Medians, of {rounds} round(s); what is slow or there for its memory alone ran in the first
 only.
 
 - **memory**: the most that was resident, of all a tool's processes together. **without files**: of that, without

@@ -24,6 +24,7 @@ from octavo.calibration import (
     batches_at_once,
     load_tokens,
 )
+from octavo.calibration.text import BUILTIN
 from octavo.canonical import LayerPlan
 from octavo.checkpoint import CheckpointWriter, Journal, Workspace
 from octavo.checkpoint.hub import resolve_model
@@ -440,6 +441,11 @@ def _warnings(job: Job, calibration: Calibration, tokens: Tensor | None) -> list
         found.append(
             f"The calibration text {calibration.source} gave {len(tokens)} samples of "
             f"{tokens.shape[1]} tokens, {calibration.samples} were asked for."
+        )
+    if job.scheme.rounding != "nearest" and calibration.source == BUILTIN:
+        found.append(
+            f"--rounding {job.scheme.rounding} chooses codes for the text it sees, and the built-in text is about Python "
+            "alone. Pass --calib with text like what the model will read."
         )
     if job.scheme.weights == "block":
         linears = [module for plan in job.plans for module in plan.linears]
