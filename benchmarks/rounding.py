@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.common import CACHE, RESULTS, sample_model, save
 from octavo import Calibration, quantize
 from octavo.allocator import keep_freed_memory
+from octavo.calibration import stream
 from octavo.evaluation import evaluate
 from octavo.rounding import gptq
 from octavo.scheme import scheme_called
@@ -66,18 +67,25 @@ def order_of_columns() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def moment_tokens(count: int) -> Iterator[None]:
+    with patch.object(stream, "_MOMENT_TOKENS", count):
+        yield
+
+
 VARIANTS = [
     Variant("nearest", "nearest"),
     Variant("gptq"),
     Variant("nearest, on WikiText-2", "nearest", on_wikitext=True),
     Variant("gptq, on WikiText-2", on_wikitext=True),
-    Variant("gptq, 32 samples", samples=32),
-    Variant("gptq, 64 samples", samples=64),
-    Variant("gptq, 256 samples", samples=256),
-    Variant("gptq, columns as stored", change=order_of_columns),
+    Variant("gptq, 32 samples", samples=32, on_wikitext=True),
+    Variant("gptq, columns as stored", on_wikitext=True, change=order_of_columns),
+    Variant(
+        "gptq, moments of 65,536 tokens", on_wikitext=True, change=partial(moment_tokens, 65536)
+    ),
     *(
-        Variant(f"gptq, damping {value:g}", change=partial(damping, value))
-        for value in (0.001, 0.003, 0.03, 0.1)
+        Variant(f"gptq, damping {value:g}", on_wikitext=True, change=partial(damping, value))
+        for value in (0.0001, 0.001, 0.1)
     ),
 ]
 

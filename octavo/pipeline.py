@@ -51,6 +51,7 @@ from octavo.memory import (
 )
 from octavo.preflight import check_target, pick_device
 from octavo.resumption import check_same
+from octavo.rounding.gptq import DAMPING
 from octavo.scheme import Scheme
 from octavo.stage import Stage, carry_rest
 from octavo.stopwatch import Stopwatch
@@ -216,7 +217,7 @@ def quantize(
         bytes_after=sum(tensor.nbytes for tensor in layout.values()),
         peak_memory=max([peak_resident(), *peaks]),
         seconds=clock.seconds(),
-        warnings=_warnings(job, calibration, tokens),
+        warnings=[*_warnings(job, calibration, tokens), *_damped(found.errors)],
     )
 
 
@@ -433,6 +434,19 @@ def _record(
         "amax": found.amax,
         "weights": found.errors,
     }
+
+
+def _damped(errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What to know of linear layers whose inputs told GPTQ too little."""
+    raised = {name: one["damping"] for name, one in errors.items() if "damping" in one}
+    raised = {name: damping for name, damping in raised.items() if damping > DAMPING}
+    if not raised:
+        return []
+    return [
+        f"The second moments of {len(raised)} linear layers' inputs, those of {next(iter(raised))} among them, could be "
+        f"factored only with damping of up to {max(raised.values()):g} in the place of {DAMPING:g}: too few tokens, or "
+        "inputs that are always alike. Their codes are nearer to nearest ones. Pass more text."
+    ]
 
 
 def _warnings(job: Job, calibration: Calibration, tokens: Tensor | None) -> list[str]:

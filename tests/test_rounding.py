@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,20 @@ def test_few_tokens_and_dead_channels(tmp_path: Path) -> None:
     weights = json.loads((tmp_path / "out" / "octavo.json").read_text())["weights"]
     assert all(one["output_gain_db"] >= 0 for one in weights.values())
     load(tmp_path / "out", "cpu")
+
+
+def test_damping_that_was_raised_is_told(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme, calibration = scheme_called("fp8", rounding="gptq"), calibrated(tmp_path)
+    told = quantize(tiny_llama, tmp_path / "usual", scheme=scheme, calibration=calibration)
+    assert not told.warnings
+    # As if less had not been enough.
+    monkeypatch.setattr(gptq, "prepare", partial(gptq.prepare, damping=0.1))
+    told = quantize(tiny_llama, tmp_path / "raised", scheme=scheme, calibration=calibration)
+    (warning,) = told.warnings
+    assert "14 linear layers' inputs, those of model.layers.0.self_attn.q_proj among" in warning
+    assert "damping of up to 0.1 in the place of 0.01" in warning
 
 
 def test_excluded_layers_stay(tmp_path: Path, tiny_llama: Path) -> None:
