@@ -19,9 +19,9 @@ lint: .venv/ready
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 
-# Unit and property tests on tiny random models.
+# Unit and property tests on tiny random models, on all cores.
 test-fast: .venv/ready
-	$(BIN)/pytest -m "not real_model and not browser and not lm_eval and not peer and not vllm and not cluster and not faults"
+	$(BIN)/pytest -n auto --dist worksteal -m "not real_model and not browser and not lm_eval and not peer and not vllm and not cluster and not faults"
 
 # Runs that are killed, lose power or may not write, at every kind of point, and resumed.
 test-faults: .venv/ready
