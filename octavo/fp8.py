@@ -246,11 +246,16 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
         float32, the shape of ``codes``.
     """
     if codes.device.type == "cpu":
-        # Every E4M3 number is a BF16 number, and PyTorch widens those much faster.
-        numbers = torch.empty(codes.shape, dtype=torch.bfloat16)
-        kernels.from_e4m3(codes.reshape(-1), numbers.view(-1))
-        return numbers.float().mul_(spread(scale, codes.shape))
+        # PyTorch widens BF16 numbers much faster.
+        return numbers(codes).float().mul_(spread(scale, codes.shape))
     return codes.float().mul_(spread(scale, codes.shape))
+
+
+def numbers(codes: Tensor) -> Tensor:
+    """``float8_e4m3fn`` codes on the CPU as the BF16 numbers they are, exactly."""
+    result = torch.empty(codes.shape, dtype=torch.bfloat16)
+    kernels.from_e4m3(codes.reshape(-1), result.view(-1))
+    return result
 
 
 def rescale(codes: Tensor, old: Tensor, new: Tensor) -> tuple[Tensor, RoundingError]:

@@ -86,8 +86,7 @@ class Fp8Linear(nn.Module):
             and weight.device.type == "cpu"
             and not made._blocks
         ):
-            made.weight = torch.empty_like(weight, dtype=torch.bfloat16)
-            kernels.from_e4m3(weight.reshape(-1), made.weight.view(-1))
+            made.weight = fp8.numbers(weight)
         return made
 
     weight: Tensor

@@ -38,7 +38,7 @@ _TEXT, _WHOLE, _TOKENIZER = 220, 4, 24
 _ROWS = 3
 
 # Quantized weights that wait or are being written while the next is computed.
-_WAITING = 2
+WAITING = 2
 
 # What a matrix product takes beside its operands: bytes for each token, and in any case.
 _PRODUCT, _PRODUCT_LEAST = 4_000, 1_000_000
@@ -385,7 +385,7 @@ def _need(
     return _Need(
         program=program,
         layers=buffers * shape.nbytes + (settings.held * shape.copied if seq_len else 0),
-        waiting=_WAITING * shape.largest,
+        waiting=WAITING * shape.largest,
         weight=shape.largest
         + (0 if shape.fused else settings.workers * _CAST)
         + (settings.workers * _STRIP if shape.widest else 0),

@@ -25,13 +25,10 @@ from octavo.decoder import Decoder
 from octavo.job import Job
 from octavo.linear import Fp8Linear
 from octavo.loading import Fp8KeyValueCache
-from octavo.memory import release
+from octavo.memory import WAITING, release
 from octavo.rounding import gptq
 from octavo.stopwatch import Stopwatch
 from octavo.transfer import carry_tensors, meta
-
-# Quantized tensors that wait to be written, at most: the disk has work while the next are computed.
-_WAITING = 2
 
 # Tensors that are read at a time, each by a thread of its own: a disk serves several sooner than one after another.
 _READS = 4
@@ -349,13 +346,13 @@ class _Output:
         self._names: list[str] = []
         self._errors: dict[str, Any] = {}
 
-    def put(self, tensors: Mapping[str, Tensor], errors: Mapping[str, Any] = {}) -> None:
+    def put(self, tensors: Mapping[str, Tensor], errors: Mapping[str, Any] | None = None) -> None:
         """Have canonical tensors written, and keep what rounding did to them."""
         stage, encoded = self._stage, self._stage.job.encode(tensors)
         self._names.extend(encoded)
-        self._errors |= errors
+        self._errors |= errors or {}
         with stage.clock("wait for disk"):
-            self._lane.wait_below(_WAITING)
+            self._lane.wait_below(WAITING)
 
         def write() -> None:
             for name, tensor in encoded.items():

@@ -64,6 +64,7 @@ def _tiles(width: int) -> Iterator[tuple[slice, slice]]:
 @contextmanager
 def _exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Have float32 products of what are BF16 numbers computed by BF16 instructions: exactly, and much faster."""
+    # PyTorch's types lack it.
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if dtype == torch.bfloat16:
