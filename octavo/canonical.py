@@ -157,6 +157,12 @@ def turns(plan: LayerPlan) -> list[list[str]]:
     return [group for module, group in zip(linears, groups, strict=True) if group[0] == module]
 
 
+def inputs(plan: LayerPlan) -> list[list[str]]:
+    """The linear layers that are quantized, in groups that share an input."""
+    groups = [[name for name in group if name in plan.linears] for group in turns(plan)]
+    return [group for group in groups if group]
+
+
 def cache_scales(
     plan: LayerPlan, activations: Mapping[str, Tensor], scheme: Scheme
 ) -> dict[str, Tensor]:

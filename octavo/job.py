@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo import canonical
-from octavo.calibration import HiddenShape, batch_sizes
+from octavo.calibration import COUNTS_BYTES, HiddenShape, batch_sizes
 from octavo.canonical import LayerPlan
 from octavo.checkpoint import Checkpoint
 from octavo.decoder import Decoder
@@ -136,11 +136,19 @@ def layer_shape(job: Job, *, on_gpu: bool = False) -> LayerShape:
         nbytes=max(map(max, sizes)) if on_gpu else max(map(sum, sizes)),
         largest=max(job.unit_bytes(index) for index in range(len(job.plans))),
         itemsize=dtype.itemsize,
-        copied=max(map(sum, copied)),
+        copied=max(map(sum, copied)) + _counted(job),
         # A GPU leaves the host nothing to compute.
         fused=on_gpu or dtype == torch.bfloat16,
         widest=0 if on_gpu or job.scheme.rounding == "nearest" else _widest(job),
     )
+
+
+def _counted(job: Job) -> int:
+    """Bytes of the counts of magnitudes that are taken while a decoder layer is calibrated."""
+    if job.scheme.scales == "amax":
+        return 0
+    seen = max(len(canonical.inputs(plan)) + 2 * len(plan.attention) for plan in job.plans)
+    return seen * COUNTS_BYTES
 
 
 def _widest(job: Job) -> int:

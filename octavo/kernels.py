@@ -145,6 +145,12 @@ def _largest(x: Any) -> Any:
 
 
 @njit(**_JIT)
+def _count_magnitudes(x: Any, counts: Any) -> None:
+    for i in range(x.shape[0]):
+        counts[x[i] & np.uint16(0x7FFF)] += 1
+
+
+@njit(**_JIT)
 def _largest_of_tiles(x: Any, tile_rows: Any, tile_columns: Any, out: Any) -> None:
     for row in range(x.shape[0]):
         for start in range(0, x.shape[1], tile_columns):
@@ -371,6 +377,16 @@ def amax(x: Tensor) -> Tensor:
         A float32 scalar; NaN if any element is NaN.
     """
     return _amax(_largest(_raw(x).reshape(-1)))
+
+
+def count_magnitudes(x: Tensor, counts: Tensor) -> None:
+    """Count how often each absolute value occurs.
+
+    Args:
+        x: bfloat16, any shape, contiguous, on the CPU.
+        counts: int64 ``[32768]``, indexed by the bits of the absolute value; added to.
+    """
+    _count_magnitudes(_raw(x).reshape(-1), counts.numpy())
 
 
 def amax_of_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:

@@ -264,6 +264,7 @@ def _run_here(run: _Run) -> list[dict[str, Any]]:
                 hidden_shape(run.job, run.tokens, run.settings),
                 run.work.directory,
                 run.work.target,
+                scales=run.job.scheme.scales,
                 workers=batches_at_once(run.job.decoder.device, min(cores, run.settings.workers)),
                 before_batch=partial(release, run.settings.threshold),
             )
@@ -376,7 +377,7 @@ class _Statistics(NamedTuple):
     """What a run found out on the way, for the edition's record.
 
     Attributes:
-        amax: of weights, inputs, keys and values, by name.
+        amax: of weights, and what the scales of inputs, keys and values are taken from, by name.
         errors: what rounding did to each linear layer's weight.
     """
 

@@ -16,6 +16,7 @@ from octavo.errors import OctavoError
 Granularity: TypeAlias = Literal["tensor", "channel", "block"]
 Inputs: TypeAlias = Literal["static", "dynamic"]
 Rounding: TypeAlias = Literal["nearest", "gptq"]
+Scales: TypeAlias = Literal["amax", "mse", "percentile"]
 
 # Rows and columns of a weight block, and elements of an input's group.
 BLOCK = 128
@@ -47,6 +48,8 @@ class Scheme(BaseModel):
             into one matrix product want it.
         rounding: how weights become E4M3 numbers: each to its ``nearest``, or by :mod:`octavo.rounding.gptq`,
             which looks at the layer's inputs. It changes no format.
+        scales: what the static scales of inputs, keys and values are taken from: the largest magnitude
+            (``amax``), or as :mod:`octavo.calibration.ranges` has it. It changes no format either.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,11 +60,16 @@ class Scheme(BaseModel):
     exclude: tuple[str, ...] = ()
     merge_scales: bool = False
     rounding: Rounding = "nearest"
+    scales: Scales = "amax"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.weights == "block" and self.inputs == "static":
             raise ValueError("block scales go with dynamic inputs, static inputs were asked for")
+        if self.scales != "amax" and self.inputs == "dynamic" and self.kv_cache == "none":
+            raise ValueError(
+                f"scales {self.scales} is for static scales of inputs or of a KV cache, and here are none"
+            )
         if self.weights != "tensor" and self.merge_scales:
             raise ValueError(
                 f"merge_scales is for weights with one scale each, these have one per {self.weights}"

@@ -196,12 +196,12 @@ class Stage(NamedTuple):
             lane.calibrated.result()
         maxima = dict(known)
         if not (known and dropped):
-            watched = {module for index in layers for module in self.job.plans[index].linears}
+            watched = [one for index in layers for one in canonical.inputs(self.job.plans[index])]
             with self.clock("calibrate"):
                 found = self.stream.run(
                     number,
                     layers,
-                    set() if known else watched,
+                    [] if known else watched,
                     last=dropped,
                     on_batch=on_batch if at_end else lambda _: None,
                 )
@@ -266,7 +266,7 @@ class Stage(NamedTuple):
                 continue
             with self.clock("calibrate"):
                 inputs = self.stream.look(number, index, turn, cache=cached)
-            activations |= inputs.maxima
+            activations |= inputs.ranges
             with self.clock("round"):
                 feedback = gptq.prepare(inputs.moments)
             del inputs

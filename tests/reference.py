@@ -17,10 +17,15 @@ from transformers.modeling_utils import AttentionInterface
 def whole(model: Path, tokens: Tensor) -> dict[str, float]:
     """Amax of every linear input (``<module>``) and of keys and values (``<block>.k``, ``<block>.v``),
     from the whole model and one forward pass over ``tokens`` [samples, seq_len]."""
-    found: dict[str, float] = {}
+    return {name: tensor.abs().max().item() for name, tensor in activations(model, tokens).items()}
+
+
+def activations(model: Path, tokens: Tensor) -> dict[str, Tensor]:
+    """What :func:`whole` takes the maxima of."""
+    found: dict[str, Tensor] = {}
 
     def see(name: str, tensor: Tensor) -> None:
-        found[name] = max(found.get(name, 0.0), tensor.abs().max().item())
+        found[name] = tensor.clone()
 
     def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kw: Any) -> Any:
         see(f"{names[module]}.k", k)

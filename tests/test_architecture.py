@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "rounding": {"errors", "fp8", "kernels", "scheme"},
     "canonical": {"errors", "fp8", "rounding", "scheme"},
     "kernels": set(),
-    "calibration": {"errors", "fp8", "fused", "checkpoint", "decoder", "tokenizer"},
+    "calibration": {
+        *("errors", "checkpoint", "decoder", "fp8", "fused", "kernels", "scheme", "tokenizer"),
+    },
     "preflight": {"errors", "checkpoint"},
     "threads": set(),
     "memory": {"errors", "calibration", "units"},

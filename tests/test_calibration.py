@@ -56,7 +56,7 @@ def streamed(
             for index in indices:
                 names = decoder.tensor_names(index)
                 decoder.load(index, {name: checkpoint.read(name) for name in names})
-            watched = {name for index in indices for name in decoder.linears(index)}
+            watched = [[name] for index in indices for name in decoder.linears(index)]
             maxima = stream.run(number, indices, watched, last=number + 1 == len(passes))
             found |= {name: value.item() for name, value in maxima.items()}
             for index in indices:

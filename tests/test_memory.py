@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tiny
 from octavo import Calibration, quantize
-from octavo.calibration.observers import AmaxObserver
+from octavo.calibration.observers import Observer
 from octavo.checkpoint.safetensors import build_header
 from octavo.errors import OctavoError
 from octavo.fused import fused_kernels
@@ -77,9 +77,9 @@ def alive_at_most(job: Job, samples: int, seq_len: int) -> int:
         hidden = torch.zeros(samples, seq_len, decoder.config.hidden_size, dtype=decoder.dtype)
         layer(hidden, **kwargs)
 
-    with torch.inference_mode(), AmaxObserver() as observer, fused_kernels(layer):
+    with torch.inference_mode(), Observer() as observer, fused_kernels(layer):
         for name, linear in decoder.linears(0).items():
-            observer.watch_input(name, linear)
+            observer.watch_input([name], linear)
         for name, block in decoder.attention_blocks(0):
             observer.watch_key_value(f"{name}.k", f"{name}.v", block.kv_cache)
         step()  # the first compiles

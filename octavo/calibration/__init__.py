@@ -1,11 +1,13 @@
 """Text → tokens → layer inputs → statistics, streamed layer by layer."""
 
 from octavo.calibration.hidden import HiddenShape, HiddenStates, batch_sizes
+from octavo.calibration.ranges import COUNTS_BYTES
 from octavo.calibration.stream import BATCH_TOKENS, CalibrationStream, batches_at_once
 from octavo.calibration.tokens import Calibration, load_tokens
 
 __all__ = [
     "BATCH_TOKENS",
+    "COUNTS_BYTES",
     "Calibration",
     "CalibrationStream",
     "HiddenShape",

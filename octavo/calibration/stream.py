@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from octavo.calibration.hidden import HiddenShape, HiddenStates
 from octavo.calibration.moments import SecondMoments
-from octavo.calibration.observers import AmaxObserver
+from octavo.calibration.observers import Observer
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
 from octavo.fused import fused_kernels
+from octavo.scheme import Scales
 
 # Tokens computed at a time: enough to keep matrix products efficient, few enough that the
 # activations of a batch stay small.
@@ -42,11 +43,11 @@ class Inputs(NamedTuple):
     """What linear layers that share an input see.
 
     Attributes:
-        maxima: amax by name, float32 scalars, as :meth:`CalibrationStream.run` gives it.
+        ranges: by name, float32 scalars, as :meth:`CalibrationStream.run` gives them.
         moments: the sum of ``xᵀ x`` over some of the tokens, float32 ``[width, width]``.
     """
 
-    maxima: dict[str, Tensor]
+    ranges: dict[str, Tensor]
     moments: Tensor
 
 
@@ -68,6 +69,7 @@ class CalibrationStream:
         directory: Path,
         target: Path,
         *,
+        scales: Scales = "amax",
         workers: int = 1,
         before_batch: Callable[[], None] = lambda: None,
         source: Callable[[int], Tensor] | None = None,
@@ -78,11 +80,13 @@ class CalibrationStream:
             shape: of the hidden states.
             directory: where the files are, those of an interrupted run or new ones.
             target: the output they are for, named in errors.
+            scales: what they are taken from.
             workers: batches at a time.
             before_batch: called before each of them, in each pass.
             source: gives the batches that go into the first pass, in the place of :meth:`embed`.
         """
         self._decoder, self._source, self._before_batch = decoder, source, before_batch
+        self._scales = scales
         with ExitStack() as opened:
             self._states = []
             for number in (0, 1):
@@ -134,7 +138,7 @@ class CalibrationStream:
         self,
         place: int,
         layers: Sequence[int],
-        watched: set[str],
+        watched: Sequence[Sequence[str]],
         *,
         last: bool,
         on_batch: Callable[[int], None] = lambda _: None,
@@ -144,13 +148,13 @@ class CalibrationStream:
         Args:
             place: number of the pass.
             layers: the layers, in order.
-            watched: linear layers whose inputs are measured.
+            watched: linear layers whose inputs are measured, in groups that share one.
             last: nothing comes after it, so what the last layer returns is dropped.
             on_batch: called with the number of each batch that has been written.
 
         Returns:
-            Amax as float32 scalars: for each watched linear under its name, and for each attention
-            block as ``<block>.k`` and ``<block>.v``.
+            What scales are taken from, float32 scalars: for each watched linear under its name, and for
+            each attention block as ``<block>.k`` and ``<block>.v``.
 
         Raises:
             OctavoError: an activation is NaN or infinite.
@@ -172,15 +176,13 @@ class CalibrationStream:
             on_batch(index)
 
         with ExitStack() as contexts:
-            observer = contexts.enter_context(AmaxObserver())
+            observer = contexts.enter_context(Observer(self._scales))
             for module in modules:
                 contexts.enter_context(fused_kernels(module))
             for number in layers:
                 self._watch(observer, number, watched)
             self._all_batches(step, target, last)
-            maxima = observer.result()
-        self._check(maxima)
-        return maxima
+        return self._ranges(observer)
 
     def look(self, place: int, layer: int, names: Sequence[str], *, cache: bool) -> Inputs:
         """Run the samples into a loaded decoder layer, as far as what is looked for.
@@ -215,10 +217,9 @@ class CalibrationStream:
             return inputs
 
         with ExitStack() as contexts:
-            observer = contexts.enter_context(AmaxObserver())
+            observer = contexts.enter_context(Observer(self._scales))
             contexts.enter_context(fused_kernels(module))
-            for name in names:
-                observer.watch_input(name, linear)
+            observer.watch_input(names, linear)
             contexts.callback(linear.register_forward_pre_hook(catch).remove)
             last = linear
             if cache:
@@ -236,9 +237,7 @@ class CalibrationStream:
                 moments.add(list(self._pool.map(step, batches)), self._pool.map)
             rest = set(range(count)) - set(chosen)
             deque(self._pool.map(step, rest), maxlen=0)
-            maxima = observer.result()
-        self._check(maxima)
-        return Inputs(maxima, moments.result())
+        return Inputs(self._ranges(observer), moments.result())
 
     def _all_batches(self, step: Callable[[int], None], target: HiddenStates, last: bool) -> None:
         count = len(target.shape.batches)
@@ -249,21 +248,23 @@ class CalibrationStream:
         for sync in syncs:
             sync.result()
 
-    def _watch(self, observer: AmaxObserver, index: int, watched: set[str]) -> None:
-        for name, linear in self._decoder.linears(index).items():
-            if name in watched:
-                observer.watch_input(name, linear)
+    def _watch(self, observer: Observer, index: int, watched: Sequence[Sequence[str]]) -> None:
+        linears = self._decoder.linears(index)
+        for names in watched:
+            if names[0] in linears:
+                observer.watch_input(names, linears[names[0]])
         for name, block in self._decoder.attention_blocks(index):
             observer.watch_key_value(f"{name}.k", f"{name}.v", block.kv_cache)
 
-    def _check(self, maxima: dict[str, Tensor]) -> None:
-        for name, value in maxima.items():
+    def _ranges(self, observer: Observer) -> dict[str, Tensor]:
+        for name, value in observer.maxima().items():
             if not value.isfinite():
                 raise OctavoError(
                     f"The calibration activations at {name} reach {value.item()}: the model overflows "
                     f"in {self._decoder.dtype} on this text. Check the checkpoint with another tool, "
                     "or convert it to bfloat16."
                 )
+        return observer.ranges()
 
 
 @contextmanager

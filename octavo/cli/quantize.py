@@ -30,6 +30,12 @@ class Rounding(StrEnum):
     gptq = "gptq"
 
 
+class Scales(StrEnum):
+    amax = "amax"
+    mse = "mse"
+    percentile = "percentile"
+
+
 @command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, or a hub id.")],
@@ -82,6 +88,13 @@ def quantize(
             "same format and speed, and slower to make."
         ),
     ] = Rounding.nearest,
+    scales: Annotated[
+        Scales,
+        typer.Option(
+            help="What static scales of inputs, keys and values are taken from: the largest magnitude, the least "
+            "squared error, or 99.99 % of values."
+        ),
+    ] = Scales.amax,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     max_memory: Annotated[
@@ -128,6 +141,7 @@ def quantize(
                 exclude=tuple(exclude or ()),
                 merge_scales=merge_scales,
                 rounding=rounding.value,
+                scales=scales.value,
             ),
             calibration=Calibration(
                 source=calib,

@@ -153,6 +153,7 @@ class Worker:
                     order.shape,
                     home,
                     order.target,
+                    scales=job.scheme.scales,
                     workers=order.at_once,
                     before_batch=keep_small,
                     source=source,
