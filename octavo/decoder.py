@@ -63,6 +63,7 @@ class Decoder:
         self.dtype = checkpoint[self._embedding_name].dtype
         # The only buffers of the skeleton that no checkpoint holds.
         self._base.rotary_emb = type(self._base.rotary_emb)(self.config).to(device)
+        self._norm: nn.Module = self._base.norm
         self._base.norm = nn.Identity()
         # Rows of the embedding are numbered anew, so the padding token's number means nothing.
         self._base.embed_tokens.padding_idx = None
@@ -115,7 +116,8 @@ class Decoder:
         return layer
 
     def replace(self, index: int, name: str, module: nn.Module) -> None:
-        """Put another module in the place of one of a layer, until :meth:`unload`.
+        """Put another module in the place of one of a layer, until :meth:`restore` or
+        :meth:`unload`.
 
         Args:
             index: the layer.
@@ -126,11 +128,37 @@ class Decoder:
         self._replaced.setdefault(own, layer.get_submodule(own))
         layer.set_submodule(own, module)
 
-    def unload(self, index: int) -> None:
-        """Drop a layer's weights."""
+    def restore(self, index: int) -> None:
+        """Undo :meth:`replace`."""
         while self._replaced:
             self.layers[index].set_submodule(*self._replaced.popitem())
+
+    def unload(self, index: int) -> None:
+        """Drop a layer's weights."""
+        self.restore(index)
         self.layers[index].to("meta")
+
+    def norm(self) -> nn.Module:
+        """What comes behind the last layer and in front of ``lm_head``, with its weight.
+
+        Raises:
+            OctavoError: that holds NaN or infinity.
+        """
+        name = f"{self._prefix}norm.weight"
+        weight = _finite(name, self.checkpoint.read(name))
+        self._norm.load_state_dict({"weight": weight.to(self.device, self.dtype)}, assign=True)
+        return self._norm
+
+    def head_rows(self, tokens: range) -> Tensor:
+        """Rows ``[tokens, hidden_size]`` of ``lm_head`` in the decoder's dtype on its device.
+
+        Raises:
+            OctavoError: they hold NaN or infinity.
+        """
+        tied = self.config.tie_word_embeddings
+        name = self._embedding_name if tied else "lm_head.weight"
+        rows = _finite(name, self.checkpoint.read_rows(name, tokens))
+        return rows.to(self.device, self.dtype)
 
     @torch.inference_mode()
     def call_arguments(self, seq_len: int) -> list[dict[str, Any]]:
@@ -160,9 +188,8 @@ class Decoder:
             OctavoError: the embedding holds NaN or infinity.
         """
         used = torch.unique(torch.cat([batch.reshape(-1) for batch in batches]))
-        rows = self.checkpoint.read_rows(self._embedding_name, used.tolist())
-        if not rows.isfinite().all():
-            raise not_finite(self._embedding_name)
+        name = self._embedding_name
+        rows = _finite(name, self.checkpoint.read_rows(name, used.tolist()))
         self._give_embedding(rows)
         for batch in batches:
             yield self._record(torch.searchsorted(used, batch).to(self.device))
@@ -187,3 +214,9 @@ class Decoder:
     @property
     def _embedding_name(self) -> str:
         return f"{self._prefix}embed_tokens.weight"
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.isfinite().all():
+        raise not_finite(name)
+    return tensor

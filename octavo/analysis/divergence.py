@@ -1,0 +1,116 @@
+"""How far variants' predictions are from the model's: KL divergence, some of the vocabulary at a time.
+
+A variant with one part quantized moves logits by less than BF16 rounds them, so logits are float32 here. Nor are
+they ever all there: with ``d`` the change of a token's logit and ``p`` its probability,
+``KL = log Σ p eᵈ - Σ p d``, whose sums can be taken over parts of the vocabulary. Each part of ``lm_head`` is read
+once, and the model's own logits are computed once for all variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.analysis.variants import ORIGINAL, Variants
+from octavo.calibration.moments import exact_products
+from octavo.decoder import Decoder
+
+# Rows of lm_head at a time, and as many threads at most: each has four matrices of logits, and the rows in float32.
+_ROWS = 4096
+_MOST_WORKERS = 8
+
+
+class _Sums(NamedTuple):
+    """Over a part of the vocabulary, float64, ``[tokens]`` or ``[slots, tokens]``.
+
+    Attributes:
+        largest: the model's largest logit.
+        total: Σ p, where p is e to a logit less ``largest``.
+        moved: Σ p eᵈ of each variant.
+        change: Σ p d of each variant.
+    """
+
+    largest: Tensor
+    total: Tensor
+    moved: Tensor
+    change: Tensor
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Over both parts."""
+        largest = torch.maximum(self.largest, other.largest)
+        one, two = (torch.exp(sums.largest - largest) for sums in (self, other))
+        pairs = zip(self[1:], other[1:], strict=True)
+        return _Sums(largest, *(one * mine + two * theirs for mine, theirs in pairs))
+
+
+def divergences(
+    decoder: Decoder, variants: Variants, workers: int, on_part: Callable[[float], None]
+) -> Tensor:
+    """KL(model ‖ variant) of the next-token distributions.
+
+    The final norm takes the place of the variants' hidden states.
+
+    Args:
+        decoder: for the final norm and ``lm_head``.
+        variants: behind the last layer.
+        workers: parts of the vocabulary at a time, at most.
+        on_part: called after each part with its share of the work.
+
+    Returns:
+        float64 ``[slots, windows, seq_len]``, in nats; that of the model itself is 0. NaN or infinite where a
+        model overflows.
+
+    Raises:
+        OctavoError: the final norm or ``lm_head`` holds NaN or infinity.
+    """
+    norm = decoder.norm()
+    variants.apply(norm, [(slot, slot) for slot in range(variants.slots)])
+    vocabulary = range(decoder.config.vocab_size)
+    parts = [vocabulary[start : start + _ROWS] for start in vocabulary[::_ROWS]]
+
+    @torch.inference_mode()
+    def part_sums(part: range) -> _Sums:
+        rows = decoder.head_rows(part).float()
+        batches = [_sums(rows, variants, batch) for batch in range(variants.batches)]
+        return _Sums(*(torch.cat(sums, dim=-1) for sums in zip(*batches, strict=True)))
+
+    found: _Sums | None = None
+    with (
+        exact_products(decoder.dtype),
+        ThreadPoolExecutor(min(workers, _MOST_WORKERS), "octavo-head") as pool,
+    ):
+        for sums in pool.map(part_sums, parts):
+            found = sums if found is None else found.plus(sums)
+            on_part(1 / len(parts))
+    assert found is not None
+    kl = torch.log(found.moved / found.total) - found.change / found.total
+    # Below zero is rounding.
+    return kl.clamp_(min=0).view(variants.slots, -1, variants.seq_len)
+
+
+def _sums(rows: Tensor, variants: Variants, batch: int) -> _Sums:
+    """Over some rows of ``lm_head``, float32 ``[rows, hidden_size]``, and the tokens of a batch."""
+
+    def logits(slot: int) -> Tensor:
+        return variants.read(slot, batch).flatten(0, 1).float() @ rows.t()
+
+    original = logits(ORIGINAL)
+    largest = original.amax(dim=-1, keepdim=True)
+    p = torch.exp(original - largest)
+    total = p.sum(dim=-1)
+    # Of the model itself, whose logits do not change.
+    moved, change = [total], [torch.zeros_like(total)]
+    for slot in range(ORIGINAL + 1, variants.slots):
+        d = logits(slot).sub_(original)
+        change.append((p * d).sum(dim=-1))
+        moved.append(d.exp_().mul_(p).sum(dim=-1))
+    return _Sums(
+        largest.squeeze(1).double().cpu(),
+        total.double().cpu(),
+        torch.stack(moved).double().cpu(),
+        torch.stack(change).double().cpu(),
+    )
