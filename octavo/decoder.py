@@ -42,13 +42,20 @@ class Decoder:
 
     Attributes:
         config: the model's configuration.
-        dtype: the dtype it computes in: that of its embedding.
+        dtype: the dtype it computes in.
         device: where it computes.
         layers: the decoder layers, on the meta device unless loaded.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
         """Build the skeleton and check every tensor's shape against it.
+
+        Args:
+            checkpoint: the model.
+            device: where to compute.
+            dtype: to compute in, that of the embedding by default.
 
         Raises:
             OctavoError: the architecture is not supported, or a tensor is missing or misshapen.
@@ -60,7 +67,7 @@ class Decoder:
         self._prefix = "model."
         self.layers: list[nn.Module] = list(self._base.layers)
         check_tensors(checkpoint, model, model.state_dict())
-        self.dtype = checkpoint[self._embedding_name].dtype
+        self.dtype = dtype or checkpoint[self._embedding_name].dtype
         # The only buffers of the skeleton that no checkpoint holds.
         self._base.rotary_emb = type(self._base.rotary_emb)(self.config).to(device)
         self._norm: nn.Module = self._base.norm
@@ -145,20 +152,16 @@ class Decoder:
             OctavoError: that holds NaN or infinity.
         """
         name = f"{self._prefix}norm.weight"
-        weight = _finite(name, self.checkpoint.read(name))
+        weight = self.checkpoint.read(name)
+        if not weight.isfinite().all():
+            raise not_finite(name)
         self._norm.load_state_dict({"weight": weight.to(self.device, self.dtype)}, assign=True)
         return self._norm
 
-    def head_rows(self, tokens: range) -> Tensor:
-        """Rows ``[tokens, hidden_size]`` of ``lm_head`` in the decoder's dtype on its device.
-
-        Raises:
-            OctavoError: they hold NaN or infinity.
-        """
-        tied = self.config.tie_word_embeddings
-        name = self._embedding_name if tied else "lm_head.weight"
-        rows = _finite(name, self.checkpoint.read_rows(name, tokens))
-        return rows.to(self.device, self.dtype)
+    @property
+    def head_name(self) -> str:
+        """The checkpoint's name of the tensor that is ``lm_head``: the embedding where they are tied."""
+        return self._embedding_name if self.config.tie_word_embeddings else "lm_head.weight"
 
     @torch.inference_mode()
     def call_arguments(self, seq_len: int) -> list[dict[str, Any]]:
@@ -188,8 +191,9 @@ class Decoder:
             OctavoError: the embedding holds NaN or infinity.
         """
         used = torch.unique(torch.cat([batch.reshape(-1) for batch in batches]))
-        name = self._embedding_name
-        rows = _finite(name, self.checkpoint.read_rows(name, used.tolist()))
+        rows = self.checkpoint.read_rows(self._embedding_name, used.tolist())
+        if not rows.isfinite().all():
+            raise not_finite(self._embedding_name)
         self._give_embedding(rows)
         for batch in batches:
             yield self._record(torch.searchsorted(used, batch).to(self.device))
@@ -197,7 +201,7 @@ class Decoder:
         self._base.embed_tokens.to("meta")
 
     def _give_embedding(self, rows: Tensor) -> None:
-        weight = nn.Parameter(rows.to(self.device), requires_grad=False)
+        weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
         self._base.embed_tokens.weight = weight
 
     def _record(self, tokens: Tensor) -> Tensor:
@@ -214,9 +218,3 @@ class Decoder:
     @property
     def _embedding_name(self) -> str:
         return f"{self._prefix}embed_tokens.weight"
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not tensor.isfinite().all():
-        raise not_finite(name)
-    return tensor

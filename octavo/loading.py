@@ -100,9 +100,7 @@ def fp8_linears(
     return found
 
 
-def fp8_caches(
-    blocks: Iterable[str], scales: Mapping[str, Tensor]
-) -> dict[str, Fp8KeyValueCache]:
+def fp8_caches(blocks: Iterable[str], scales: Mapping[str, Tensor]) -> dict[str, Fp8KeyValueCache]:
     """What rounds the keys and values of attention blocks as an FP8 cache does, by name of the block.
 
     Args:

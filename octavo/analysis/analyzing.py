@@ -35,10 +35,10 @@ from octavo.reporting.analysis import (
     Model,
     Text,
     UnitLoss,
-    check_drawing,
-    write_analysis,
 )
+from octavo.reporting.analysis_writing import write_analysis
 from octavo.reporting.record import CalibrationRecord, WeightError
+from octavo.reporting.writing import check_drawing
 from octavo.scheme import Scheme
 from octavo.transfer import meta
 from octavo.version import __version__

@@ -1,9 +1,9 @@
 """How far variants' predictions are from the model's: KL divergence, some of the vocabulary at a time.
 
-A variant with one part quantized moves logits by less than BF16 rounds them, so logits are float32 here. Nor are
-they ever all there: with ``d`` the change of a token's logit and ``p`` its probability,
-``KL = log Σ p eᵈ - Σ p d``, whose sums can be taken over parts of the vocabulary. Each part of ``lm_head`` is read
-once, and the model's own logits are computed once for all variants.
+With ``d`` the change of a token's logit and ``p`` its probability in the model, ``KL = log Σ p eᵈ - Σ p d``, whose sums
+can be taken over parts of the vocabulary. So logits are never all there, each part of ``lm_head`` is read once, and
+the model's own logits are computed once for all variants. As ``d`` is ``lm_head`` times the change of the normalized
+hidden state, no small difference of large logits is taken either.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from octavo.analysis.variants import ORIGINAL, Variants
 from octavo.calibration.moments import exact_products
 from octavo.decoder import Decoder
+from octavo.errors import not_finite
 
-# Rows of lm_head at a time, and as many threads at most: each has four matrices of logits, and the rows in float32.
+# Rows of lm_head at a time, and as many threads at most: each has a few matrices of logits, and the rows in float32.
 _ROWS = 4096
 _MOST_WORKERS = 8
 
@@ -55,7 +56,7 @@ def divergences(
     The final norm takes the place of the variants' hidden states.
 
     Args:
-        decoder: for the final norm and ``lm_head``.
+        decoder: for the final norm and ``lm_head``; it computes in float32.
         variants: behind the last layer.
         workers: parts of the vocabulary at a time, at most.
         on_part: called after each part with its share of the work.
@@ -74,13 +75,16 @@ def divergences(
 
     @torch.inference_mode()
     def part_sums(part: range) -> _Sums:
-        rows = decoder.head_rows(part).float()
+        rows = decoder.checkpoint.read_rows(decoder.head_name, part)
+        if not rows.isfinite().all():
+            raise not_finite(decoder.head_name)
+        rows = rows.to(decoder.device).float()
         batches = [_sums(rows, variants, batch) for batch in range(variants.batches)]
         return _Sums(*(torch.cat(sums, dim=-1) for sums in zip(*batches, strict=True)))
 
     found: _Sums | None = None
     with (
-        exact_products(decoder.dtype),
+        exact_products(decoder.checkpoint[decoder.head_name].dtype),
         ThreadPoolExecutor(min(workers, _MOST_WORKERS), "octavo-head") as pool,
     ):
         for sums in pool.map(part_sums, parts):
@@ -95,17 +99,15 @@ def divergences(
 def _sums(rows: Tensor, variants: Variants, batch: int) -> _Sums:
     """Over some rows of ``lm_head``, float32 ``[rows, hidden_size]``, and the tokens of a batch."""
 
-    def logits(slot: int) -> Tensor:
-        return variants.read(slot, batch).flatten(0, 1).float() @ rows.t()
-
-    original = logits(ORIGINAL)
+    states = variants.read(ORIGINAL, batch).flatten(0, 1)
+    original = states @ rows.t()
     largest = original.amax(dim=-1, keepdim=True)
     p = torch.exp(original - largest)
     total = p.sum(dim=-1)
     # Of the model itself, whose logits do not change.
     moved, change = [total], [torch.zeros_like(total)]
     for slot in range(ORIGINAL + 1, variants.slots):
-        d = logits(slot).sub_(original)
+        d = (variants.read(slot, batch).flatten(0, 1) - states) @ rows.t()
         change.append((p * d).sum(dim=-1))
         moved.append(d.exp_().mul_(p).sum(dim=-1))
     return _Sums(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class InputErrors:
             maxima: amax of their inputs, float32 scalars, where that is what scales are taken from.
         """
 
-        def hook(name: str) -> object:
+        def hook(name: str) -> Callable[[], None]:
             limit = maxima[name].item() if name in maxima else math.inf
 
             def measure(_: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,7 +1,7 @@
 """One pass over the decoder layers: errors of weights and inputs, and what each unit's quantization costs.
 
-Each layer is read once. Its scales come from the calibration samples on the unquantized stream, as in a
-quantization. Then the model's hidden states go through it with one unit quantized, once for each unit: so variants
+Each layer is read once. Its scales come from the calibration samples on the unquantized stream, in the model's dtype,
+as in a quantization. Then the model's hidden states go through it with one unit quantized, once for each unit: so variants
 begin. Those of layers before go through it as it is.
 """
 
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from octavo import canonical
@@ -60,9 +61,7 @@ def nearest(scheme: Scheme) -> Scheme:
 def all_units(job: Job) -> list[Unit]:
     """The units of all layers, in order; each layer's last is the whole layer."""
     return [
-        unit
-        for index, plan in enumerate(job.plans)
-        for unit in units_of(index, plan, job.scheme)
+        unit for index, plan in enumerate(job.plans) for unit in units_of(index, plan, job.scheme)
     ]
 
 
@@ -90,15 +89,17 @@ def measure(
         OctavoError: a tensor or an activation is NaN or infinite.
         WriteError: the disk has no space for the hidden states.
     """
-    units, decoder = all_units(job), job.decoder
+    units, device = all_units(job), job.decoder.device
+    # Apart from the one that calibrates, in the model's own dtype, as a quantization does.
+    decoder = Decoder(job.checkpoint, device, torch.float32)
     with ExitStack() as stack:
         cores = stack.enter_context(one_thread_each())
-        workers = batches_at_once(decoder.device, min(cores, settings.workers))
+        workers = batches_at_once(device, min(cores, settings.workers))
         before_batch = partial(release, settings.threshold)
         stream = None
         if samples is not None:
             stream = CalibrationStream(
-                decoder,
+                job.decoder,
                 hidden_shape(job, samples, settings),
                 directory,
                 target,
@@ -118,7 +119,7 @@ def measure(
         )
         stack.enter_context(variants)
         casts = stack.enter_context(ThreadPoolExecutor(cores, "octavo-cast"))
-        layers = _Layers(job, units, stream, variants, casts, on_work)
+        layers = _Layers(job, decoder, units, stream, variants, casts, on_work)
         for index in range(len(job.plans)):
             layers.measure(index)
             on_work(calibration_work(samples, tokens))
@@ -158,13 +159,14 @@ class _Layers:
     def __init__(
         self,
         job: Job,
+        decoder: Decoder,
         units: list[Unit],
         stream: CalibrationStream | None,
         variants: Variants,
         casts: ThreadPoolExecutor,
         on_work: OnWork,
     ) -> None:
-        self._job, self._scheme = job, nearest(job.scheme)
+        self._job, self._decoder, self._scheme = job, decoder, nearest(job.scheme)
         self._slots = dict(zip(units, range(FIRST, variants.slots), strict=True))
         self._stream, self._variants, self._casts = stream, variants, casts
         self._on_pass = partial(on_work, 1.0)
@@ -173,26 +175,30 @@ class _Layers:
 
     def measure(self, index: int) -> None:
         """Measure a layer, and move all hidden states behind it."""
-        job, decoder = self._job, self._job.decoder
-        tensors = {name: job.checkpoint.read(name) for name in job.plans[index].tensors}
-        tensors = {name: tensor.to(decoder.device) for name, tensor in tensors.items()}
+        checkpoint, device = self._job.checkpoint, self._decoder.device
+        tensors = {
+            name: checkpoint.read(name).to(device) for name in self._job.plans[index].tensors
+        }
         weights = {
             name: canonical.finite_amax(name, tensor, self._casts.map)
             for name, tensor in tensors.items()
         }
-        decoder.load(index, tensors)
-        activations = self._calibrate(index)
+        activations = self._calibrate(index, tensors)
+        self._decoder.load(index, tensors)
         quantized = self._quantize(index, tensors, weights, activations)
         del tensors
         self._begin(index, quantized)
         self._advance(index, quantized, activations)
-        decoder.unload(index)
+        self._decoder.unload(index)
 
-    def _calibrate(self, index: int) -> dict[str, Tensor]:
+    def _calibrate(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._stream is None:
             return {}
         watched, last = set(self._job.plans[index].linears), index + 1 == len(self._job.plans)
-        return self._stream.run(index, [index], watched, last=last)
+        self._job.decoder.load(index, tensors)
+        activations = self._stream.run(index, [index], watched, last=last)
+        self._job.decoder.unload(index)
+        return activations
 
     def _quantize(
         self,
@@ -201,7 +207,7 @@ class _Layers:
         weights: Mapping[str, Tensor],
         activations: Mapping[str, Tensor],
     ) -> _Quantized:
-        plan, decoder = self._job.plans[index], self._job.decoder
+        plan = self._job.plans[index]
         names = [f"{module}.weight" for module in plan.linears]
         folded, errors = canonical.quantize_unit(
             names,
@@ -214,7 +220,7 @@ class _Layers:
         self.weights |= errors
         scales = canonical.cache_scales(plan, activations, self._scheme)
         return _Quantized(
-            fp8_linears(decoder.linears(index), folded),
+            fp8_linears(self._decoder.linears(index), folded),
             fp8_caches(plan.attention, scales) if scales else {},
         )
 
@@ -223,16 +229,16 @@ class _Layers:
         quantized model with all of them."""
         slots = {unit: slot for unit, slot in self._slots.items() if unit.layer == index}
         for unit, slot in slots.items():
-            with _replaced(self._job.decoder, index, quantized.of([unit])):
+            with _replaced(self._decoder, index, quantized.of([unit])):
                 self._variants.run(index, [(ORIGINAL, slot)], self._on_pass)
-        with _replaced(self._job.decoder, index, quantized.of(slots)):
+        with _replaced(self._decoder, index, quantized.of(slots)):
             self._variants.run(index, [(EVERYTHING, EVERYTHING)], self._on_pass)
 
     def _advance(
         self, index: int, quantized: _Quantized, activations: Mapping[str, Tensor]
     ) -> None:
         """Run the model's hidden states and all earlier variants' through the layer as it is."""
-        linears = self._job.decoder.linears(index)
+        linears = self._decoder.linears(index)
         watched = {name: linears[name] for name in quantized.linears}
         maxima = activations if self._scheme.inputs == "static" else {}
         with self.inputs.watch(watched, quantized.linears, maxima):

@@ -2,6 +2,10 @@
 
 They lie in one file, a slot to a variant: memory holds only what is computed, and while there is memory to
 spare, the system's page cache makes the file as good as memory.
+
+All computes in float32. What one unit does to the predictions is less than what BF16 does to them: a variant whose
+hidden states are rounded to BF16 on the way is as far from the model as those roundings alone make it, ten times as far
+as the unit does.
 """
 
 from __future__ import annotations
@@ -16,16 +20,15 @@ from torch import Tensor
 
 from octavo.calibration import BATCH_TOKENS, HiddenShape, HiddenStates, batch_sizes
 from octavo.decoder import Decoder
-from octavo.fused import fused_kernels
 
 # The slots of the model as it is, and with everything quantized; those of its variants follow.
 ORIGINAL, EVERYTHING, FIRST = 0, 1, 2
 
 
 def variants_shape(decoder: Decoder, slots: int, windows: int, seq_len: int) -> HiddenShape:
-    """How the windows go through the model, ``slots`` times."""
+    """How the windows go through the model, ``slots`` times, in float32."""
     sizes = batch_sizes(windows, seq_len, BATCH_TOKENS[decoder.device.type])
-    return HiddenShape(sizes * slots, seq_len, decoder.config.hidden_size, decoder.dtype)
+    return HiddenShape(sizes * slots, seq_len, decoder.config.hidden_size, torch.float32)
 
 
 class Variants:
@@ -51,7 +54,7 @@ class Variants:
         """Embed the tokens into the first two slots.
 
         Args:
-            decoder: whose layers will be run.
+            decoder: whose layers will be run; it computes in float32.
             tokens: int64 ``[windows, seq_len]``.
             slots: how many.
             directory: where the file is made.
@@ -96,8 +99,7 @@ class Variants:
             on_pass: called after each.
         """
         module, arguments = self._decoder.layers[layer], self._kwargs[layer]
-        with fused_kernels(module):
-            self.apply(lambda hidden: module(hidden, **arguments), moves, on_pass)
+        self.apply(lambda hidden: module(hidden, **arguments), moves, on_pass)
 
     def apply(
         self,

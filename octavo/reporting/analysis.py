@@ -137,8 +137,3 @@ class Analysis(Frozen):
     def sum_of_units(self) -> float:
         """Sum of the units' KL: what everything would cost if losses added up."""
         return sum(unit.kl for unit in self.units)
-
-
-def check_drawing() -> None: ...
-def write_analysis(analysis: Analysis, directory) -> None:
-    (directory / "analysis.json").write_text(analysis.model_dump_json(indent=2))
