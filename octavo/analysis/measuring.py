@@ -22,7 +22,7 @@ from octavo.analysis.cost import calibration_work, head_work
 from octavo.analysis.divergence import divergences
 from octavo.analysis.inputs import InputError, InputErrors
 from octavo.analysis.units import Unit, units_of
-from octavo.analysis.variants import EVERYTHING, FIRST, ORIGINAL, Variants
+from octavo.analysis.variants import EVERYTHING, FIRST, ORIGINAL, Variants, variants_shape
 from octavo.calibration import CalibrationStream, batches_at_once
 from octavo.decoder import Decoder
 from octavo.job import Job, hidden_shape
@@ -90,6 +90,7 @@ def measure(
         WriteError: the disk has no space for the hidden states.
     """
     units, device = all_units(job), job.decoder.device
+    slots = FIRST + len(units)
     # Apart from the one that calibrates, in the model's own dtype, as a quantization does.
     decoder = Decoder(job.checkpoint, device, torch.float32)
     with ExitStack() as stack:
@@ -110,20 +111,21 @@ def measure(
             stream.embed(samples)
         variants = Variants(
             decoder,
-            tokens,
-            FIRST + len(units),
+            variants_shape(decoder, slots, *tokens.shape),
+            slots,
             directory,
             target,
             workers=workers,
             before_batch=before_batch,
         )
         stack.enter_context(variants)
+        variants.embed(tokens)
         casts = stack.enter_context(ThreadPoolExecutor(cores, "octavo-cast"))
         layers = _Layers(job, decoder, units, stream, variants, casts, on_work)
         for index in range(len(job.plans)):
             layers.measure(index)
             on_work(calibration_work(samples, tokens))
-        head = variants.slots * head_work(job)
+        head = slots * head_work(job)
         kl = divergences(decoder, variants, workers, lambda share: on_work(share * head))
     return Measured(units, kl[FIRST:], kl[EVERYTHING], layers.weights, layers.inputs.result())
 

@@ -43,7 +43,7 @@ class Variants:
     def __init__(
         self,
         decoder: Decoder,
-        tokens: Tensor,
+        shape: HiddenShape,
         slots: int,
         directory: Path,
         target: Path,
@@ -51,11 +51,10 @@ class Variants:
         workers: int,
         before_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        """Embed the tokens into the first two slots.
-
+        """
         Args:
             decoder: whose layers will be run; it computes in float32.
-            tokens: int64 ``[windows, seq_len]``.
+            shape: of :func:`variants_shape`.
             slots: how many.
             directory: where the file is made.
             target: the output it is for, named in errors.
@@ -65,16 +64,11 @@ class Variants:
         Raises:
             WriteError: the disk has no space for all slots.
         """
-        shape = variants_shape(decoder, slots, *tokens.shape)
         self._decoder, self.slots, self.batches = decoder, slots, len(shape.batches) // slots
         self.seq_len, self._before_batch = shape.seq_len, before_batch
         self._kwargs: list[dict[str, Any]] = decoder.call_arguments(shape.seq_len)
         self._states = HiddenStates(directory / "variants", shape, target)
         self._pool = ThreadPoolExecutor(workers, "octavo-variant")
-        batches = torch.split(tokens, list(shape.batches[: self.batches]))
-        for index, hidden in enumerate(decoder.embed(batches)):
-            for slot in (ORIGINAL, EVERYTHING):
-                self._states.write(slot * self.batches + index, hidden.cpu())
 
     def __enter__(self) -> Self:
         return self
@@ -82,6 +76,20 @@ class Variants:
     def __exit__(self, *_: Any) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._states.close()
+
+    def embed(self, tokens: Tensor) -> None:
+        """Fill the first two slots.
+
+        Args:
+            tokens: int64 ``[windows, seq_len]``.
+
+        Raises:
+            OctavoError: the embedding holds NaN or infinity.
+        """
+        batches = torch.split(tokens, list(self._states.shape.batches[: self.batches]))
+        for index, hidden in enumerate(self._decoder.embed(batches)):
+            for slot in (ORIGINAL, EVERYTHING):
+                self._states.write(slot * self.batches + index, hidden.cpu())
 
     def read(self, slot: int, batch: int) -> Tensor:
         """Hidden states ``[windows of the batch, seq_len, hidden_size]``, on the decoder's device."""

@@ -125,6 +125,13 @@ def heat_map(
         label=axis,
     )
     bar.outline.set_visible(False)
+    if log:
+        ticks = bar.ax.yaxis if wide else bar.ax.xaxis
+        # Few enough for a phone.
+        subs = (1.0,) if limits[1] / limits[0] > 20 else (1.0, 2.0, 5.0)
+        ticks.set_major_locator(LogLocator(subs=subs))
+        ticks.set_minor_locator(NullLocator())
+        ticks.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
     if bar.solids is not None:
         # Without hairlines between the steps.
         bar.solids.set_edgecolor("face")
