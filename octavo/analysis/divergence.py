@@ -100,19 +100,17 @@ def _sums(rows: Tensor, variants: Variants, batch: int) -> _Sums:
     """Over some rows of ``lm_head``, float32 ``[rows, hidden_size]``, and the tokens of a batch."""
 
     states = variants.read(ORIGINAL, batch).flatten(0, 1)
-    original = states @ rows.t()
-    largest = original.amax(dim=-1, keepdim=True)
-    p = torch.exp(original - largest)
+    p = states @ rows.t()
+    largest = p.amax(dim=-1, keepdim=True)
+    p.sub_(largest).exp_()
     total = p.sum(dim=-1)
-    # Of the model itself, whose logits do not change.
-    moved, change = [total], [torch.zeros_like(total)]
+    # The model's own logits do not change.
+    moved, change = torch.zeros(2, variants.slots, len(states), device=states.device)
+    moved[ORIGINAL] = total
+    # Filled anew for each variant: what is freed and allocated by turns leaves holes, gigabytes of them.
+    d, work = torch.empty_like(p), torch.empty_like(p)
     for slot in range(ORIGINAL + 1, variants.slots):
-        d = (variants.read(slot, batch).flatten(0, 1) - states) @ rows.t()
-        change.append((p * d).sum(dim=-1))
-        moved.append(d.exp_().mul_(p).sum(dim=-1))
-    return _Sums(
-        largest.squeeze(1).double().cpu(),
-        total.double().cpu(),
-        torch.stack(moved).double().cpu(),
-        torch.stack(change).double().cpu(),
-    )
+        torch.mm(variants.read(slot, batch).flatten(0, 1).sub_(states), rows.t(), out=d)
+        torch.sum(torch.mul(p, d, out=work), dim=-1, out=change[slot])
+        torch.sum(d.exp_().mul_(p), dim=-1, out=moved[slot])
+    return _Sums(*(sums.double().cpu() for sums in (largest.squeeze(1), total, moved, change)))
