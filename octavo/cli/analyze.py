@@ -112,9 +112,9 @@ def _costliest(found: Analysis) -> Table:
     from octavo.reporting.analysis_page import TOP, rows
 
     table = Table(title=Text(f"{found.model.name}: what costs most"), title_justify="left")
-    table.add_column("quantized alone")
-    for name in ("KL, nats/token", "of everything", "extra bytes if kept"):
-        table.add_column(name, justify="right")
+    table.add_column("quantized alone", no_wrap=True)
+    for name in ("KL, nats/token", "of everything", "bytes if kept"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows(found, found.costliest[:TOP]):
         table.add_row(*map(Text, row))
     return table
@@ -122,15 +122,16 @@ def _costliest(found: Analysis) -> Table:
 
 def _summary(found: Analysis, output: Path) -> Table:
     from octavo.reporting.analysis_page import nats
+    from octavo.reporting.numbers import number
 
     everything = found.everything
     layers = sum(layer.kl for layer in found.layers)
     return results_table(
         "KL divergence, nats/token",
         [
-            ("everything quantized", nats(everything.kl, everything.kl_standard_error)),
-            (f"sum of {len(found.units)} units", nats(found.sum_of_units, None)),
-            (f"sum of {len(found.layers)} whole layers", nats(layers, None)),
+            ("everything quantized", nats(everything)),
+            (f"sum of {len(found.units)} units", number(found.sum_of_units)),
+            (f"sum of {len(found.layers)} whole layers", number(layers)),
             (
                 "measured on",
                 f"{found.text.data}, {found.text.windows} × {found.text.seq_len} tokens",

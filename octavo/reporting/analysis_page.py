@@ -8,11 +8,12 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from octavo.reporting import drawing
-from octavo.reporting.analysis import Analysis, UnitLoss
+from octavo.reporting.analysis import Analysis, Loss, UnitLoss
 from octavo.reporting.layers import LayerTable, arrange, merge_equal
-from octavo.reporting.numbers import number
+from octavo.reporting.numbers import number, plus_minus
 from octavo.reporting.plots import Plot, plot, sqnr_plot, weight_sqnr
 from octavo.reporting.rendering import TEMPLATES, render
+from octavo.reporting.results import Estimate
 from octavo.reporting.table import Figure
 from octavo.reporting.view import quantized
 from octavo.units import format_bytes
@@ -54,7 +55,7 @@ def rows(analysis: Analysis, units: Sequence[UnitLoss]) -> list[Row]:
     return [
         Row(
             f"layer {unit.layer}" + ("" if unit.unit == "layer" else f" {unit.unit}"),
-            nats(unit.kl, unit.kl_standard_error),
+            nats(unit),
             f"{unit.kl / total:.1%}" if total else "0%",
             _saved(unit),
         )
@@ -62,16 +63,18 @@ def rows(analysis: Analysis, units: Sequence[UnitLoss]) -> list[Row]:
     ]
 
 
-def nats(kl: float, error: float | None) -> str:
+def nats(loss: Loss) -> str:
     """``0.00123 ± 0.00012``."""
-    return number(kl) if error is None else f"{number(kl)} ± {number(error, 2)}"
+    error = loss.kl_standard_error
+    known = Estimate(value=loss.kl, standard_error=error)
+    return plus_minus(known) if error else number(loss.kl)
 
 
 def _saved(unit: UnitLoss) -> str:
     parts = [format_bytes(unit.bytes)] if unit.modules else []
     if unit.cache_bytes_per_token:
-        parts.append(f"{unit.cache_bytes_per_token:,} bytes a cached token")
-    return " and ".join(parts)
+        parts.append(f"{unit.cache_bytes_per_token:,} B/cached token")
+    return " + ".join(parts)
 
 
 def _figures(analysis: Analysis) -> Iterator[Figure]:
@@ -121,7 +124,7 @@ def _loss(analysis: Analysis, measured: Sequence[UnitLoss]) -> Plot:
         "loss",
         "What each part costs",
         "KL divergence of the model's predictions when only this part is quantized, in nats per token, on a logarithmic "
-        "scale of colours. The last line is the whole layer.",
+        "scale of colours. The last of each layer is all of it.",
         f"Largest: layer {largest.layer} {largest.unit}, {number(largest.kl)} nats.",
         lambda canvas: drawing.heat_map(
             table,
