@@ -13,6 +13,7 @@ from octavo.errors import OctavoError
 from octavo.version import __version__
 
 if TYPE_CHECKING:
+    from octavo.analysis import analyze
     from octavo.benchmarking import bench
     from octavo.calibration import Calibration
     from octavo.completion import complete
@@ -34,6 +35,7 @@ _HOMES = {
     "ConvertResult": "octavo.conversion",
     "QuantizeResult": "octavo.pipeline",
     "Scheme": "octavo.scheme",
+    "analyze": "octavo.analysis",
     "bench": "octavo.benchmarking",
     "complete": "octavo.completion",
     "convert": "octavo.conversion",
@@ -58,6 +60,7 @@ __all__ = [
     "QuantizeResult",
     "Scheme",
     "__version__",
+    "analyze",
     "bench",
     "complete",
     "convert",

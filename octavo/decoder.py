@@ -42,13 +42,20 @@ class Decoder:
 
     Attributes:
         config: the model's configuration.
-        dtype: the dtype it computes in: that of its embedding.
+        dtype: the dtype it computes in.
         device: where it computes.
         layers: the decoder layers, on the meta device unless loaded.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
         """Build the skeleton and check every tensor's shape against it.
+
+        Args:
+            checkpoint: the model.
+            device: where to compute.
+            dtype: to compute in, that of the embedding by default.
 
         Raises:
             OctavoError: the architecture is not supported, or a tensor is missing or misshapen.
@@ -60,9 +67,10 @@ class Decoder:
         self._prefix = "model."
         self.layers: list[nn.Module] = list(self._base.layers)
         check_tensors(checkpoint, model, model.state_dict())
-        self.dtype = checkpoint[self._embedding_name].dtype
+        self.dtype = dtype or checkpoint[self._embedding_name].dtype
         # The only buffers of the skeleton that no checkpoint holds.
         self._base.rotary_emb = type(self._base.rotary_emb)(self.config).to(device)
+        self._norm: nn.Module = self._base.norm
         self._base.norm = nn.Identity()
         # Rows of the embedding are numbered anew, so the padding token's number means nothing.
         self._base.embed_tokens.padding_idx = None
@@ -115,7 +123,8 @@ class Decoder:
         return layer
 
     def replace(self, index: int, name: str, module: nn.Module) -> None:
-        """Put another module in the place of one of a layer, until :meth:`unload`.
+        """Put another module in the place of one of a layer, until :meth:`restore` or
+        :meth:`unload`.
 
         Args:
             index: the layer.
@@ -126,11 +135,33 @@ class Decoder:
         self._replaced.setdefault(own, layer.get_submodule(own))
         layer.set_submodule(own, module)
 
-    def unload(self, index: int) -> None:
-        """Drop a layer's weights."""
+    def restore(self, index: int) -> None:
+        """Undo :meth:`replace`."""
         while self._replaced:
             self.layers[index].set_submodule(*self._replaced.popitem())
+
+    def unload(self, index: int) -> None:
+        """Drop a layer's weights."""
+        self.restore(index)
         self.layers[index].to("meta")
+
+    def norm(self) -> nn.Module:
+        """What comes behind the last layer and in front of ``lm_head``, with its weight.
+
+        Raises:
+            OctavoError: that holds NaN or infinity.
+        """
+        name = f"{self._prefix}norm.weight"
+        weight = self.checkpoint.read(name)
+        if not weight.isfinite().all():
+            raise not_finite(name)
+        self._norm.load_state_dict({"weight": weight.to(self.device, self.dtype)}, assign=True)
+        return self._norm
+
+    @property
+    def head_name(self) -> str:
+        """The checkpoint's name of the tensor that is ``lm_head``: the embedding where they are tied."""
+        return self._embedding_name if self.config.tie_word_embeddings else "lm_head.weight"
 
     @torch.inference_mode()
     def call_arguments(self, seq_len: int) -> list[dict[str, Any]]:
@@ -170,7 +201,7 @@ class Decoder:
         self._base.embed_tokens.to("meta")
 
     def _give_embedding(self, rows: Tensor) -> None:
-        weight = nn.Parameter(rows.to(self.device), requires_grad=False)
+        weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
         self._base.embed_tokens.weight = weight
 
     def _record(self, tokens: Tensor) -> Tensor:

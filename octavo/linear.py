@@ -109,6 +109,13 @@ class Fp8Linear(nn.Module):
             result = self._tiled_product(_round(x, self.input_scale))
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """What the layer sees of ``x`` ``[rows, in]``, any floating dtype: float32, on the scale of ``x``."""
+        if self._blocks:
+            return _through_groups(x)
+        rounded = _quantize(x, self.input_scale)
+        return rounded.values.float().mul_(rounded.scale)
+
     def _scaled_product(self, x: Rounded, dtype: torch.dtype) -> Tensor:
         row_wise = x.scale.ndim or self.weight_scale.ndim
         scales = (x.scale, self.weight_scale.t())

@@ -8,6 +8,7 @@ file to where it stays. Nothing is held twice.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,44 @@ class _RoundingCache:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
+
+
+def fp8_linears(
+    linears: Mapping[str, nn.Linear], folded: Mapping[str, Tensor]
+) -> dict[str, Fp8Linear]:
+    """What takes the places of a loaded layer's linear layers, once their weights are folded.
+
+    Args:
+        linears: those of the layer, by name.
+        folded: canonical tensors of some of them.
+    """
+    found = {}
+    for name, linear in linears.items():
+        if f"{name}.weight_scale" in folded:
+            device = linear.weight.device
+            found[name] = Fp8Linear.of(
+                linear,
+                folded[f"{name}.weight"],
+                folded[f"{name}.weight_scale"].to(device),
+                folded[f"{name}.input_scale"].to(device)
+                if f"{name}.input_scale" in folded
+                else None,
+            )
+    return found
+
+
+def fp8_caches(blocks: Iterable[str], scales: Mapping[str, Tensor]) -> dict[str, Fp8KeyValueCache]:
+    """What rounds the keys and values of attention blocks as an FP8 cache does, by name of the block.
+
+    Args:
+        blocks: their names.
+        scales: canonical, float32 scalars.
+    """
+    found = {}
+    for block in blocks:
+        cache = found[block] = Fp8KeyValueCache()
+        cache.k_scale, cache.v_scale = (scales[f"{block}.{kind}_scale"] for kind in ("k", "v"))
+    return found
 
 
 def load(

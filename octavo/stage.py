@@ -21,10 +21,8 @@ from torch import Tensor
 from octavo import canonical
 from octavo.calibration import CalibrationStream
 from octavo.checkpoint import CheckpointWriter, Journal
-from octavo.decoder import Decoder
 from octavo.job import Job
-from octavo.linear import Fp8Linear
-from octavo.loading import Fp8KeyValueCache
+from octavo.loading import fp8_caches, fp8_linears
 from octavo.memory import WAITING, release
 from octavo.rounding import gptq
 from octavo.stopwatch import Stopwatch
@@ -277,11 +275,13 @@ class Stage(NamedTuple):
                     folded, noise = canonical.quantize_unit(
                         unit, tensors, amax, activations, scheme, casts.map, feedback
                     )
-                _compute_with(decoder, index, folded)
+                for module, fp8_linear in fp8_linears(decoder.linears(index), folded).items():
+                    decoder.replace(index, module, fp8_linear)
                 output.put(folded, noise)
             if cached:
                 scales = canonical.cache_scales(plan, activations, scheme)
-                _cache_with(decoder, index, scales)
+                for block, fp8_cache in fp8_caches(plan.attention, scales).items():
+                    decoder.replace(index, f"{block}.kv_cache", fp8_cache)
                 output.put(scales)
         for unit in units:
             output.put(canonical.quantize_unit(unit, tensors, amax, activations, scheme)[0])
@@ -430,28 +430,6 @@ def _done() -> Future[None]:
     future: Future[None] = Future()
     future.set_result(None)
     return future
-
-
-def _compute_with(decoder: Decoder, index: int, folded: Mapping[str, Tensor]) -> None:
-    """Have a loaded layer compute with quantized weights."""
-    linears = decoder.linears(index)
-    for name in [name for name in folded if name.endswith(".weight_scale")]:
-        module = name.removesuffix(".weight_scale")
-        made = Fp8Linear.of(
-            linears[module],
-            folded[f"{module}.weight"],
-            folded[name],
-            folded.get(f"{module}.input_scale"),
-        )
-        decoder.replace(index, module, made)
-
-
-def _cache_with(decoder: Decoder, index: int, scales: Mapping[str, Tensor]) -> None:
-    """Have a loaded layer's attention round keys and values as an FP8 cache does."""
-    for block, _ in list(decoder.attention_blocks(index)):
-        cache = Fp8KeyValueCache()
-        cache.k_scale, cache.v_scale = (scales[f"{block}.{kind}_scale"] for kind in ("k", "v"))
-        decoder.replace(index, f"{block}.kv_cache", cache)
 
 
 def carry_rest(job: Job, writer: CheckpointWriter, journal: Journal) -> None:

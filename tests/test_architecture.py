@@ -50,7 +50,6 @@ ALLOWED: dict[str, set[str]] = {
             "checkpoint",
             "decoder",
             "job",
-            "linear",
             "loading",
             "memory",
         ),
@@ -123,19 +122,41 @@ ALLOWED: dict[str, set[str]] = {
         "inspection",
         "tokenizer",
     },
+    "analysis": {
+        *(
+            "errors",
+            "calibration",
+            "canonical",
+            "checkpoint",
+            "decoder",
+            "evaluation",
+            "job",
+            "linear",
+        ),
+        *(
+            "loading",
+            "memory",
+            "preflight",
+            "reporting",
+            "scheme",
+            "threads",
+            "transfer",
+            "version",
+        ),
+    },
     "throughput": {"errors", "reporting"},
     "benchmarking": {"checkpoint", "errors", "servers", "throughput", "version"},
     "completion": {"errors", "checkpoint", "engines", "tokenizer"},
     "publishing": ROOMS
     - {
         *("cli", "console", "pipeline", "throughput", "benchmarking", "serving"),
-        *("inspection", "verification"),
+        *("analysis", "inspection", "verification"),
     },
     "pipeline": ROOMS
     - {
         *("cli", "console", "engines", "evaluation", "publishing", "reporting"),
         *("throughput", "benchmarking", "servers", "serving", "inspection", "verification"),
-        *("planning", "devices", "shapes", "synthesis"),
+        *("analysis", "planning", "devices", "shapes", "synthesis"),
     },
 }
 

@@ -40,7 +40,7 @@ class SecondMoments:
             for x in rows:
                 self.total[top, left].addmm_(x[:, top].t(), x[:, left])
 
-        with _exact_products(batches[0].dtype):
+        with exact_products(batches[0].dtype):
             list(over(tile, _tiles(width)))
 
     def result(self) -> Tensor:
@@ -62,7 +62,7 @@ def _tiles(width: int) -> Iterator[tuple[slice, slice]]:
 
 
 @contextmanager
-def _exact_products(dtype: torch.dtype) -> Iterator[None]:
+def exact_products(dtype: torch.dtype) -> Iterator[None]:
     """Have float32 products of what are BF16 numbers computed by BF16 instructions: exactly, and much faster."""
     # PyTorch's types lack it.
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

@@ -1,9 +1,21 @@
 """The command line: parse, call the Python API, render. One file for each group of commands."""
 
-from octavo.cli import bench, convert, evaluate, inspect, plan, quantize, report, serve, synth
+from octavo.cli import (
+    analyze,
+    bench,
+    convert,
+    evaluate,
+    inspect,
+    plan,
+    quantize,
+    report,
+    serve,
+    synth,
+)
 from octavo.cli.program import app, main
 
 __all__ = [
+    "analyze",
     "app",
     "bench",
     "convert",

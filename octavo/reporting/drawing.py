@@ -13,7 +13,7 @@ import matplotlib
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -68,21 +68,23 @@ def heat_map(
     limits: tuple[float, float],
     axis: str,
     tooltip: Callable[[float], str],
+    log: bool = False,
 ) -> Drawing:
     """A cell for each layer and projection; a cell without value stays empty.
 
     Args:
         table: the values.
         canvas: where; layers run to the right if wide, down if narrow.
-        limits: values of the darkest and of the brightest colour.
+        limits: values of the darkest and of the brightest colour; what lies beyond has these too.
         axis: the values' name and unit.
         tooltip: a value as text.
+        log: whether colours follow the logarithm of values; limits are then above zero.
     """
     wide = canvas is WIDE
     shape = (table.layers, len(table.kinds)) if wide else (len(table.kinds), table.layers)
     height = 30 * shape[1] + 60 if wide else min(18 * shape[1], 900) + 110
     figure, axes = _new(canvas, height)
-    colours = Normalize(*limits)
+    colours = LogNorm(*limits) if log else Normalize(*limits)
     # Gaps between cells, but not where they would take up a good part of them.
     gap = 0.08 if table.layers <= 60 else 0.0
     tooltips = {}
@@ -91,13 +93,14 @@ def heat_map(
         x, y = place if wide else place[::-1]
         gid = f"cell-{place[0]}-{place[1]}"
         tooltips[gid] = f"{cell.where}: {tooltip(cell.value)}"
+        colour = _COLOURS(colours(min(max(cell.value, limits[0]), limits[1])))
         axes.add_artist(
             Rectangle(
                 (x - 0.5 + gap / 2, y - 0.5 + gap / 2),
                 1 - gap,
                 1 - gap,
-                facecolor=_COLOURS(colours(cell.value)),
-                edgecolor=_COLOURS(colours(cell.value)),
+                facecolor=colour,
+                edgecolor=colour,
                 # Without gaps, the page would shine through between neighbours.
                 linewidth=0 if gap else 0.4,
                 gid=gid,
@@ -122,6 +125,13 @@ def heat_map(
         label=axis,
     )
     bar.outline.set_visible(False)
+    if log:
+        ticks = bar.ax.yaxis if wide else bar.ax.xaxis
+        # Few enough for a phone.
+        subs = (1.0,) if limits[1] / limits[0] > 20 else (1.0, 2.0, 5.0)
+        ticks.set_major_locator(LogLocator(subs=subs))
+        ticks.set_minor_locator(NullLocator())
+        ticks.set_major_formatter(FuncFormatter(lambda value, _: number(value, 1)))
     if bar.solids is not None:
         # Without hairlines between the steps.
         bar.solids.set_edgecolor("face")

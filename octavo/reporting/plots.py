@@ -52,7 +52,7 @@ def _layer_plots(record: Record) -> list[Plot]:
     amax, weights = record.amax, record.weights
     sqnr = {name: error.sqnr_db for name, error in weights.items() if error.sqnr_db is not None}
     candidates = (
-        (_sqnr, arrange(sqnr, worst=min)),
+        (weight_sqnr, arrange(sqnr, worst=min)),
         (_inputs, arrange({n: amax[n] for n in amax if f"{n}.weight" in amax}, worst=max)),
         (_cache, arrange(_keys_and_values(amax), worst=max)),
         (
@@ -73,13 +73,24 @@ def _keys_and_values(amax: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _sqnr(table: LayerTable) -> Plot:
-    worst, best = min(table.cells, key=_value), max(table.cells, key=_value)
-    return _plot(
+def weight_sqnr(table: LayerTable) -> Plot:
+    """The error of weights, in dB."""
+    return sqnr_plot(
+        table,
         "sqnr",
         "Weight error",
         "Signal to quantization noise ratio of each weight: the higher, the closer to the original; "
         "6 dB less is twice the error.",
+    )
+
+
+def sqnr_plot(table: LayerTable, name: str, title: str, how: str) -> Plot:
+    """A heat map of signal to quantization noise ratios in dB."""
+    worst, best = min(table.cells, key=_value), max(table.cells, key=_value)
+    return plot(
+        name,
+        title,
+        how,
         f"Lowest: {worst.where}, {worst.value:.1f} dB.{_gaps(table)}",
         lambda canvas: drawing.heat_map(
             table,
@@ -93,7 +104,7 @@ def _sqnr(table: LayerTable) -> Plot:
 
 def _inputs(table: LayerTable) -> Plot:
     largest = max(table.cells, key=_value)
-    return _plot(
+    return plot(
         "inputs",
         "Largest inputs",
         "Largest absolute value that each projection's input reached on the calibration text; a point "
@@ -105,7 +116,7 @@ def _inputs(table: LayerTable) -> Plot:
 
 def _cache(table: LayerTable) -> Plot:
     largest = max(table.cells, key=_value)
-    return _plot(
+    return plot(
         "cache",
         "Range of keys and values",
         "Largest absolute key, after rotary embedding, and value of each layer on the calibration "
@@ -120,7 +131,7 @@ def _underflow(table: LayerTable) -> Plot:
     # With a scale for a whole tensor only a few values lie below the smallest code.
     factor, unit = (100.0, "%") if worst.value >= 1e-3 else (1e6, "per million")
     shares = table._replace(values={place: v * factor for place, v in table.values.items()})
-    return _plot(
+    return plot(
         "underflow",
         "Weights that became zero",
         "Share of each weight's nonzero values that are too small for FP8 at its scale: the fewer, the "
@@ -140,7 +151,7 @@ def _underflow(table: LayerTable) -> Plot:
 
 def _divergence(divergence: Divergence) -> Plot:
     mean, worst = divergence.mean.value, divergence.worst_1_percent
-    return _plot(
+    return plot(
         "divergence",
         "KL divergence by token",
         "How far the edition's next-token distribution is from the base model's, token by token: the "
@@ -155,7 +166,8 @@ def _divergence(divergence: Divergence) -> Plot:
     )
 
 
-def _plot(name: str, title: str, how: str, finding: str, draw: Callable[[Canvas], Drawing]) -> Plot:
+def plot(name: str, title: str, how: str, finding: str, draw: Callable[[Canvas], Drawing]) -> Plot:
+    """A figure on every canvas."""
     svgs = {}
     for canvas in CANVASES:
         figure, tooltips = draw(canvas)

@@ -38,7 +38,7 @@ def view(results: Results) -> dict[str, Any]:
         "nothing": table.NOTHING,
         "mmlu_categories": table.category_rows(mmlu) if mmlu else [],
         "mmlu_subjects": table.subject_rows(mmlu) if mmlu else [],
-        "quantized": _quantized(results.edition.scheme),
+        "quantized": quantized(results.edition.scheme),
         "calibration": record.calibration if record else None,
         "again": _again(results),
         "serve": serve(results.edition),
@@ -69,7 +69,8 @@ def limits(results: Results) -> list[str]:
     return [text for text, holds in candidates.items() if holds]
 
 
-def _quantized(scheme: Scheme) -> Pairs:
+def quantized(scheme: Scheme) -> Pairs:
+    """What a scheme quantizes, and how."""
     shared = ", shared by q/k/v and by gate/up" if scheme.merge_scales else ""
     kept = ["lm_head", "embeddings", "norms", *scheme.exclude]
     return [

@@ -20,12 +20,17 @@ def check_report_target(output: Path, *, overwrite: bool) -> None:
     Raises:
         OctavoError: ``output`` is no directory, holds a report already, or matplotlib is missing.
     """
+    check_drawing()
+    refuse_existing(output, FILES, overwrite=overwrite)
+
+
+def check_drawing() -> None:
+    """Raise if matplotlib is missing, before hours of measuring."""
     if find_spec("matplotlib") is None:
         raise OctavoError(
             "The report's figures need matplotlib, which is not installed. "
             "Install it: pip install 'octavo[report]'."
         )
-    refuse_existing(output, FILES, overwrite=overwrite)
 
 
 def refuse_existing(output: Path, files: Sequence[str], *, overwrite: bool) -> None:

@@ -1,0 +1,18 @@
+"""Where a model loses by FP8, measured before it is quantized: each part's KL divergence, each linear layer's errors."""
+
+from octavo.analysis.analyzing import analyze
+from octavo.analysis.cost import Cost, cost_of
+from octavo.analysis.measuring import Measured, all_units, measure
+from octavo.analysis.units import KV_CACHE, LAYER, Unit
+
+__all__ = [
+    "KV_CACHE",
+    "LAYER",
+    "Cost",
+    "Measured",
+    "Unit",
+    "all_units",
+    "analyze",
+    "cost_of",
+    "measure",
+]
