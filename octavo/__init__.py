@@ -15,6 +15,8 @@ from octavo.version import __version__
 if TYPE_CHECKING:
     from octavo.analysis import analyze
     from octavo.benchmarking import bench
+    from octavo.budget import Budget
+    from octavo.budgeting import quantize_within
     from octavo.calibration import Calibration
     from octavo.completion import complete
     from octavo.conversion import ConvertResult, convert
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from octavo.verification import verify
 
 _HOMES = {
+    "Budget": "octavo.budget",
     "Calibration": "octavo.calibration",
     "ConvertResult": "octavo.conversion",
     "QuantizeResult": "octavo.pipeline",
@@ -45,6 +48,7 @@ _HOMES = {
     "Plan": "octavo.planning",
     "plan": "octavo.planning",
     "quantize": "octavo.pipeline",
+    "quantize_within": "octavo.budgeting",
     "report": "octavo.publishing",
     "sample_model": "octavo.sample",
     "serve": "octavo.serving",
@@ -53,6 +57,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Budget",
     "Calibration",
     "ConvertResult",
     "OctavoError",
@@ -69,6 +74,7 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "quantize_within",
     "report",
     "sample_model",
     "serve",

@@ -12,7 +12,7 @@ from rich.text import Text
 from octavo.allocator import quick_imports
 from octavo.cli.evaluate import Device, Quiet
 from octavo.cli.program import command, say
-from octavo.cli.quantize import KvCache
+from octavo.cli.quantize import KvCache, Scales
 from octavo.console import CountProgress, results_table, stderr, stdout
 from octavo.units import format_bytes
 
@@ -34,6 +34,7 @@ def analyze(
     merge_scales: Annotated[
         bool, typer.Option("--merge-scales", help="One weight scale for q/k/v and for gate/up.")
     ] = False,
+    scales: Annotated[Scales, typer.Option(help="As for quantize.")] = Scales.amax,
     calib: Annotated[str, typer.Option(help="Calibration data, as for quantize.")] = "builtin",
     text_field: Annotated[
         str, typer.Option(help="Its field or column with the text, in .jsonl and .parquet.")
@@ -80,6 +81,7 @@ def analyze(
                 kv_cache=None if kv_cache is None else kv_cache.value,
                 exclude=tuple(exclude or ()),
                 merge_scales=merge_scales,
+                scales=scales.value,
             ),
             calibration=Calibration(
                 source=calib, text_field=text_field, samples=samples, seq_len=seq_len, seed=seed

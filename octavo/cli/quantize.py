@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,11 +13,13 @@ from rich.table import Table
 from octavo.allocator import quick_imports
 from octavo.cli.program import command, say
 from octavo.console import LayerProgress, results_table, size_change, stderr, stdout
+from octavo.errors import OctavoError
 from octavo.formats import FORMATS
 from octavo.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from octavo.pipeline import QuantizeResult
+    from octavo.reporting.record import BudgetRecord
 
 
 class KvCache(StrEnum):
@@ -95,6 +97,20 @@ def quantize(
             "squared error, or 99.99 % of values."
         ),
     ] = Scales.amax,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="Keep as few bytes of linear layers in their dtype as it takes for KL(model ‖ edition) to stay within this.",
+        ),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        str | None, typer.Option(metavar="PERCENT", help="Likewise for perplexity, such as 1%.")
+    ] = None,
+    budget_data: Annotated[
+        str,
+        typer.Option(help="Text that these are measured on, not calibration's: see eval --data."),
+    ] = "builtin",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     max_memory: Annotated[
@@ -127,15 +143,17 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
 ) -> None:
     """Write the FP8 edition of a checkpoint."""
+    limited = max_kl is not None or max_perplexity_increase is not None
+    if limited:
+        _refuse_beside_a_budget(
+            max_memory=max_memory, workers=workers, cluster=cluster, resume=resume
+        )
     with LayerProgress(quiet=quiet) as progress:
         with quick_imports():
             from octavo.calibration import Calibration
-            from octavo.pipeline import quantize as run
             from octavo.scheme import scheme_called
-        result = run(
-            model,
-            output,
-            scheme=scheme_called(
+        common: dict[str, Any] = {
+            "scheme": scheme_called(
                 scheme,
                 kv_cache=None if kv_cache is None else kv_cache.value,
                 exclude=tuple(exclude or ()),
@@ -143,29 +161,62 @@ def quantize(
                 rounding=rounding.value,
                 scales=scales.value,
             ),
-            calibration=Calibration(
+            "calibration": Calibration(
                 source=calib,
                 text_field=text_field,
                 samples=samples,
                 seq_len=seq_len,
                 seed=seed,
             ),
-            format=format,
-            device=device,
-            shard_size=parse_bytes(shard_size),
-            max_memory=None if max_memory is None else parse_bytes(max_memory),
-            workers=workers,
-            cluster=cluster,
-            overwrite=overwrite,
-            resume=resume,
-            on_progress=lambda step: progress.update(*step),
-        )
+            "format": format,
+            "device": device,
+            "shard_size": parse_bytes(shard_size),
+            "overwrite": overwrite,
+            "on_progress": lambda step: progress.update(*step),
+        }
+        if limited:
+            from octavo.budget import budget_of
+            from octavo.budgeting import quantize_within
+
+            budget = budget_of(max_kl, max_perplexity_increase, budget_data)
+            found = quantize_within(
+                model, output, budget, on_step=(lambda _: None) if quiet else _told, **common
+            )
+            result, record = found.result, found.record
+        else:
+            from octavo.pipeline import quantize as run
+
+            record = None
+            result = run(
+                model,
+                output,
+                max_memory=None if max_memory is None else parse_bytes(max_memory),
+                workers=workers,
+                cluster=cluster,
+                resume=resume,
+                **common,
+            )
     for warning in result.warnings:
         say("yellow", "warning", warning)
     if as_json:
-        print(json.dumps(result._asdict()))
+        budget_json = {} if record is None else {"budget": record.model_dump(mode="json")}
+        print(json.dumps(result._asdict() | budget_json))
     elif not quiet:
-        stdout.print(_quantize_table(result))
+        stdout.print(_quantize_table(result, record))
+
+
+def _told(step: str) -> None:
+    stderr.print(step, soft_wrap=True, highlight=False)
+
+
+def _refuse_beside_a_budget(**options: object) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise OctavoError(
+            f"{', '.join(given)} cannot go with --max-kl or --max-perplexity-increase: several editions are made, and both "
+            "models are held in memory to measure each. Quantize without the limit, or find with `octavo analyze` what to "
+            "--exclude."
+        )
 
 
 @command()
@@ -183,13 +234,14 @@ def sample_model(
         print(f"SmolLM2-135M-Instruct, BF16, is in {path}")
 
 
-def _quantize_table(result: QuantizeResult) -> Table:
+def _quantize_table(result: QuantizeResult, budget: BudgetRecord | None) -> Table:
     stages = ", ".join(
         f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items() if stage != "total"
     )
     return results_table(
         f"{result.output} ({result.format})",
         [
+            *([] if budget is None else _budget_rows(budget)),
             ("size", size_change(result.bytes_before, result.bytes_after)),
             ("decoder layers", f"{result.layers}"),
             ("linear layers quantized", f"{result.linears}"),
@@ -200,3 +252,14 @@ def _quantize_table(result: QuantizeResult) -> Table:
             ("by stage", stages),
         ],
     )
+
+
+def _budget_rows(budget: BudgetRecord) -> list[tuple[str, str]]:
+    kept = f"{len(budget.kept)} linear layers, {format_bytes(budget.bytes)}"
+    return [
+        ("KL, nats/token", f"{budget.kl:.5f}"),
+        ("perplexity ratio", f"{budget.perplexity_ratio:.5f}"),
+        ("measured on", f"{budget.data}, {budget.windows} × {budget.seq_len} tokens"),
+        ("kept for it", kept if budget.kept else "nothing"),
+        ("editions made", f"{budget.tries}"),
+    ]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from octavo.reporting.record import Record
 from octavo.reporting.results import Edition
+from octavo.scheme import Scheme
 from octavo.servers.reads import TENSORRT_LLM, VLLM
 
 
@@ -40,6 +41,11 @@ def make_again(record: Record, edition: str) -> Snippet:
     options.extend(["--exclude", pattern] for pattern in scheme.exclude)
     if scheme.merge_scales:
         options.append(["--merge-scales"])
+    options.extend(
+        [f"--{name}", value]
+        for name, value in (("rounding", scheme.rounding), ("scales", scheme.scales))
+        if value != Scheme.model_fields[name].default
+    )
     lines = [["octavo", "quantize", record.base_model], *options]
     return Snippet("Quantize", "sh", " \\\n  ".join(shlex.join(line) for line in lines))
 

@@ -54,6 +54,36 @@ class WeightError(Frozen):
     underflow: Annotated[float, Field(ge=0, le=1)]
 
 
+class BudgetRecord(Frozen):
+    """The loss that was allowed, and what was kept in the model's dtype for it.
+
+    Attributes:
+        max_kl: mean KL(model ‖ edition) allowed, in nats; None where perplexity was limited.
+        max_perplexity_increase: allowed, as a share.
+        data: name of the text that the edition was measured on, its second half; its first half had a say in the choice.
+        windows: measured.
+        seq_len: tokens in each.
+        kl: found, in nats.
+        kl_standard_error: its standard error.
+        perplexity_ratio: found, edition over model.
+        kept: linear layers.
+        bytes: that the edition is larger by.
+        tries: editions that were made to find it.
+    """
+
+    max_kl: float | None
+    max_perplexity_increase: float | None
+    data: str
+    windows: PositiveInt
+    seq_len: PositiveInt
+    kl: float
+    kl_standard_error: float | None
+    perplexity_ratio: float
+    kept: tuple[str, ...]
+    bytes: Annotated[int, Field(ge=0)]
+    tries: PositiveInt
+
+
 class Record(Frozen):
     """How an edition was made.
 
@@ -65,10 +95,11 @@ class Record(Frozen):
         format: dialect.
         scheme: what was quantized and how.
         calibration: on which tokens; None without calibration.
-        amax: largest absolute value of each weight (``<module>.weight``), linear input
-            (``<module>``), key and value (``<block>.k``, ``<block>.v``).
+        amax: largest absolute value of each weight (``<module>.weight``), and what the scales of each linear
+            input (``<module>``), key and value (``<block>.k``, ``<block>.v``) were taken from.
         weights: what quantization did to the weight of each quantized module, by module name;
             empty in editions made before it was recorded.
+        budget: what the edition was allowed to lose; None where nothing was said.
     """
 
     # A later Octavo may record more; what this one knows is still of use.
@@ -83,6 +114,7 @@ class Record(Frozen):
     calibration: CalibrationRecord | None
     amax: dict[str, Amax]
     weights: Annotated[dict[str, WeightError], Field(default_factory=dict)]
+    budget: BudgetRecord | None = None
 
 
 def read_record(edition: Path) -> Record | None:

@@ -6,8 +6,11 @@ from typing import Any
 
 from octavo.reporting import table
 from octavo.reporting.commands import Snippet, make_again, serve
+from octavo.reporting.numbers import number
+from octavo.reporting.record import BudgetRecord, Record
 from octavo.reporting.results import Environment, Results
 from octavo.scheme import Scheme
+from octavo.units import format_bytes
 
 Pairs = list[tuple[str, str]]
 
@@ -26,6 +29,18 @@ _KV_CACHE = {
     "none": "the model's own dtype",
 }
 
+_ROUNDING = {
+    "nearest": "each weight's nearest",
+    "gptq": "chosen by GPTQ: each makes up for the errors of those before it, on the calibration text",
+}
+_RANGES = {
+    "amax": "The scales are the largest absolute values seen, divided by 448.",
+    "mse": "The scales of inputs, keys and values are those, between the largest absolute value seen and twice that "
+    "(divided by 448), that leave the least squared error.",
+    "percentile": "The scales of inputs, keys and values are what 99.99 % of absolute values do not exceed, divided "
+    "by 448.",
+}
+
 
 def view(results: Results) -> dict[str, Any]:
     """The names that the templates know."""
@@ -38,8 +53,10 @@ def view(results: Results) -> dict[str, Any]:
         "nothing": table.NOTHING,
         "mmlu_categories": table.category_rows(mmlu) if mmlu else [],
         "mmlu_subjects": table.subject_rows(mmlu) if mmlu else [],
-        "quantized": quantized(results.edition.scheme),
+        "quantized": quantized(results.edition.scheme, record),
         "calibration": record.calibration if record else None,
+        "ranges": _RANGES[record.scheme.scales] if record else "",
+        "budget": _budget(record.budget) if record else [],
         "again": _again(results),
         "serve": serve(results.edition),
         "environment": _environment(results.environment) + _made_with(results),
@@ -69,16 +86,46 @@ def limits(results: Results) -> list[str]:
     return [text for text, holds in candidates.items() if holds]
 
 
-def quantized(scheme: Scheme) -> Pairs:
+def quantized(scheme: Scheme, record: Record | None = None) -> Pairs:
     """What a scheme quantizes, and how."""
     shared = ", shared by q/k/v and by gate/up" if scheme.merge_scales else ""
-    kept = ["lm_head", "embeddings", "norms", *scheme.exclude]
+    for_budget = record.budget.kept if record and record.budget else ()
+    asked = [pattern for pattern in scheme.exclude if pattern not in for_budget]
+    chosen = [f"{len(for_budget)} linear layers, for the budget"] if for_budget else []
+    kept = ["lm_head", "embeddings", "norms", *asked, *chosen]
+    rounded = [("Codes", _ROUNDING[record.scheme.rounding])] if record else []
     return [
         ("Weights", f"FP8 (E4M3), symmetric, {_WEIGHTS[scheme.weights]}{shared}"),
+        *rounded,
         ("Activations", f"inputs of the same linear layers: {_INPUTS[scheme.inputs]}"),
         ("KV cache", _KV_CACHE[scheme.kv_cache]),
         ("Layers", "every linear layer of the decoder blocks, but for those kept"),
         ("Kept in the model's dtype", ", ".join(kept)),
+    ]
+
+
+def _budget(budget: BudgetRecord | None) -> Pairs:
+    """What was allowed and what it took, where something was said."""
+    if budget is None:
+        return []
+    if budget.max_kl is not None:
+        allowed = f"KL divergence of {number(budget.max_kl)} nats/token"
+    else:
+        allowed = f"perplexity increase of {100 * (budget.max_perplexity_increase or 0):g} %"
+    error = "" if budget.kl_standard_error is None else f" ± {number(budget.kl_standard_error)}"
+    found = f"KL {number(budget.kl)}{error}, perplexity × {budget.perplexity_ratio:.4f}"
+    return [
+        ("Allowed", allowed),
+        (
+            "Found",
+            f"{found}, on {budget.windows} windows of {budget.seq_len} tokens of the second half of {budget.data}",
+        ),
+        (
+            "Kept for it",
+            f"{len(budget.kept)} linear layers, {format_bytes(budget.bytes)}"
+            if budget.kept
+            else "nothing",
+        ),
     ]
 
 

@@ -1,0 +1,288 @@
+"""``octavo.quantize_within``: the smallest edition whose loss stays within a budget.
+
+Losses of parts add up well enough to choose by, not to promise by: each choice is quantized and measured on text
+that had no say in it, and what was measured corrects the next choice.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from octavo.analysis import analyze
+from octavo.budget import Budget, cheapest
+from octavo.calibration import Calibration
+from octavo.calibration.text import BUILTIN
+from octavo.checkpoint import Workspace
+from octavo.checkpoint.disk import sync, write_file
+from octavo.checkpoint.hub import resolve_model
+from octavo.errors import OctavoError
+from octavo.evaluation import DivergenceResult, evaluate
+from octavo.evaluation.text import load_tokens
+from octavo.evaluation.windows import cut
+from octavo.pipeline import Progress, QuantizeResult, quantize
+from octavo.preflight import check_target
+from octavo.reporting.analysis import UnitLoss
+from octavo.reporting.record import FILE as RECORD
+from octavo.reporting.record import BudgetRecord
+from octavo.scheme import Scheme
+from octavo.units import format_bytes
+
+# Windows of 512 tokens that parts are measured on, each part alone.
+_WINDOWS = 4
+
+# Editions that are made at most.
+_TRIES = 6
+
+# An aim somewhat below the limit, since a prediction is a few per cent off; and how far below it an edition may be
+# before a smaller one is looked for.
+_AIM, _LOOSE = 0.97, 0.85
+
+
+class Within(NamedTuple):
+    """What came of a budget.
+
+    Attributes:
+        result: of the quantization that made the edition.
+        record: what the edition keeps of it.
+    """
+
+    result: QuantizeResult
+    record: BudgetRecord
+
+
+class _Try(NamedTuple):
+    """An edition, where it is, and what it loses."""
+
+    kept: tuple[UnitLoss, ...]
+    path: Path
+    result: QuantizeResult
+    loss: float
+    measured: DivergenceResult
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.kept)
+
+
+def quantize_within(
+    model: str | Path,
+    output: str | Path,
+    budget: Budget,
+    *,
+    scheme: Scheme | None = None,
+    calibration: Calibration | None = None,
+    format: str = "modelopt",
+    device: str = "auto",
+    shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    on_step: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Within:
+    """Write the smallest FP8 edition that a budget allows: with as few bytes of linear layers kept in the model's dtype.
+
+    If all of them may be quantized, all are. Otherwise :func:`octavo.analyze` finds what each part costs on the first half
+    of the budget's text, the cheapest set to keep is quantized around, and the edition is measured on the second half; up to
+    six editions are made until one fits and none that is much smaller would. Measuring holds both models in memory.
+
+    Args:
+        model: as for :func:`octavo.quantize`, like all that is not named here.
+        output: the directory to create; it appears only when an edition fits the budget.
+        budget: what loss is acceptable.
+        on_step: called with what is done next, a sentence.
+
+    Raises:
+        OctavoError: as :func:`octavo.quantize`, or no edition of the scheme is within the budget; says how near one came.
+    """
+    scheme, calibration = scheme or Scheme(), calibration or Calibration()
+    source, target = resolve_model(model), Path(output)
+    check_target(source, target)
+    if budget.data == calibration.source != BUILTIN:
+        raise OctavoError(
+            f"The budget's text {Path(budget.data).name} is what scales are calibrated on: what an edition loses on other "
+            "text would not be measured. Pass another text as --budget-data."
+        )
+    with Workspace(target, overwrite=overwrite) as work:
+        search = _Search(
+            source=source,
+            budget=budget,
+            halves=_halves(source, budget, work.directory),
+            directory=work.directory,
+            scheme=scheme,
+            calibration=calibration,
+            device=device,
+            options={"format": format, "device": device, "shard_size": shard_size},
+            on_step=on_step,
+            on_progress=on_progress,
+        )
+        best, tries = search.run()
+        record = _record(budget, best, tries)
+        _keep_record(best.path, record)
+        shutil.rmtree(work.edition)
+        best.path.rename(work.edition)
+        work.publish()
+    return Within(best.result._replace(output=str(target)), record)
+
+
+class _Search(NamedTuple):
+    """A search for the smallest edition within a budget."""
+
+    source: Path
+    budget: Budget
+    halves: tuple[Path, Path]
+    directory: Path
+    scheme: Scheme
+    calibration: Calibration
+    device: str
+    options: dict[str, Any]
+    on_step: Callable[[str], None]
+    on_progress: Callable[[Progress], None]
+
+    def run(self) -> tuple[_Try, int]:
+        """The best edition, and how many were made."""
+        limit = self.budget.limit
+        tries = [self._try((), 0)]
+        if tries[0].loss <= limit:
+            return tries[0], 1
+        parts = self._parts()
+        # A quantized edition has something quantized.
+        most = tuple(sorted(parts, key=lambda part: -part.kl)[:-1])
+        while len(tries) < _TRIES:
+            allowed = _left(parts, tries[-1].kept) * _AIM * limit / tries[-1].loss
+            chosen = tuple(cheapest(parts, allowed))
+            if len(chosen) == len(parts):
+                chosen = most
+            if any(set(chosen) == set(one.kept) for one in tries):
+                break
+            tries.append(self._try(chosen, len(tries)))
+            self._drop_all_but_the_best(tries)
+            if _LOOSE * limit <= tries[-1].loss <= limit:
+                break
+        best = self._best(tries)
+        if best is None:
+            raise self._unreachable(tries, parts, most)
+        return best, len(tries)
+
+    def _best(self, tries: Sequence[_Try]) -> _Try | None:
+        fitting = [one for one in tries if one.loss <= self.budget.limit]
+        return min(fitting, key=lambda one: one.bytes, default=None)
+
+    def _drop_all_but_the_best(self, tries: Sequence[_Try]) -> None:
+        """Disk space is that of two editions."""
+        best = self._best(tries)
+        for one in tries:
+            if best is None or one.path != best.path:
+                shutil.rmtree(one.path, ignore_errors=True)
+
+    def _try(self, kept: tuple[UnitLoss, ...], number: int) -> _Try:
+        modules = tuple(module for part in kept for module in part.modules)
+        but = (
+            f" but {len(modules)}, which take {format_bytes(sum(part.bytes for part in kept))} more"
+            if kept
+            else ""
+        )
+        self.on_step(f"quantizing all linear layers{but}")
+        path = self.directory / f"edition-{number}"
+        scheme = self.scheme.model_copy(update={"exclude": self.scheme.exclude + modules})
+        result = quantize(
+            self.source,
+            path,
+            scheme=scheme,
+            calibration=self.calibration,
+            on_progress=self.on_progress,
+            **self.options,
+        )
+        self.on_step("measuring it")
+        measured = evaluate(
+            path,
+            task="kl",
+            data=self.halves[1],
+            reference=self.source,
+            seq_len=self.budget.seq_len,
+            limit=self.budget.windows,
+            device=self.device,
+        )
+        assert isinstance(measured, DivergenceResult)
+        loss = measured.kl if self.budget.max_kl else measured.perplexity_ratio - 1
+        self.on_step(f"{self.budget.measure}: {self.budget.told(loss)}")
+        return _Try(kept, path, result, loss, measured)
+
+    def _parts(self) -> list[UnitLoss]:
+        """What each part that can be kept costs alone."""
+        self.on_step("measuring what each part costs")
+        found = analyze(
+            self.source,
+            self.directory / "analysis",
+            scheme=self.scheme,
+            calibration=self.calibration,
+            data=self.halves[0],
+            windows=_WINDOWS,
+            device=self.device,
+        )
+        return [unit for unit in found.units if unit.modules]
+
+    def _unreachable(
+        self, tries: Sequence[_Try], parts: Sequence[UnitLoss], most: tuple[UnitLoss, ...]
+    ) -> OctavoError:
+        """Why nothing fits, with the least that can be had measured."""
+        best = min(tries, key=lambda one: one.loss)
+        if not any(set(one.kept) == set(most) for one in tries):
+            best = min(best, self._try(most, len(tries)), key=lambda one: one.loss)
+        cached = self.scheme.kv_cache == "fp8"
+        advice = " Or leave the KV cache in its dtype (--kv-cache none)." if cached else ""
+        return OctavoError(
+            f"No edition of the scheme {self.scheme.kind} reaches a {self.budget.measure} of "
+            f"{self.budget.told(self.budget.limit)}: with {len(best.kept)} of {len(parts)} groups of linear layers kept it is "
+            f"still {self.budget.told(best.loss)}. Allow more, or choose another scheme or --rounding.{advice}"
+        )
+
+
+def _left(parts: Sequence[UnitLoss], kept: Sequence[UnitLoss]) -> float:
+    return sum(part.kl for part in parts) - sum(part.kl for part in kept)
+
+
+def _halves(source: Path, budget: Budget, directory: Path) -> tuple[Path, Path]:
+    """The budget's text in two files of token ids: to choose on, and to verify on."""
+    tokens = load_tokens(budget.data, source)
+    middle = len(tokens) // 2
+    # Complains where the text is too short.
+    cut(len(tokens) - middle, budget.seq_len, None, limit=None, max_positions=budget.seq_len)
+    return _save(tokens[:middle], directory / "choose.npy"), _save(
+        tokens[middle:], directory / "verify.npy"
+    )
+
+
+def _save(tokens: Tensor, path: Path) -> Path:
+    np.save(path, tokens.numpy())
+    return path
+
+
+def _record(budget: Budget, best: _Try, tries: int) -> BudgetRecord:
+    measured = best.measured
+    return BudgetRecord(
+        max_kl=budget.max_kl,
+        max_perplexity_increase=budget.max_perplexity_increase,
+        data=Path(budget.data).name,
+        windows=measured.windows,
+        seq_len=measured.seq_len,
+        kl=measured.kl,
+        kl_standard_error=measured.kl_standard_error,
+        perplexity_ratio=measured.perplexity_ratio,
+        kept=tuple(module for part in best.kept for module in part.modules),
+        bytes=best.bytes,
+        tries=tries,
+    )
+
+
+def _keep_record(edition: Path, record: BudgetRecord) -> None:
+    """Add to the edition's own account."""
+    path = edition / RECORD
+    account = json.loads(path.read_text()) | {"budget": record.model_dump(mode="json")}
+    write_file(path, (json.dumps(account, indent=2, ensure_ascii=False) + "\n").encode())
+    sync(path)
