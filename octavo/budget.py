@@ -28,7 +28,7 @@ class Budget(BaseModel):
         data: the text, as for :func:`octavo.evaluate`. What to keep is chosen on its first half and verified on its second;
             neither may be what scales are calibrated on.
         windows: of the second half, at most.
-        seq_len: tokens in each.
+        seq_len: tokens in each; 2048, or as many as the model has positions for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,7 @@ class Budget(BaseModel):
     max_perplexity_increase: PositiveFloat | None = None
     data: str = BUILTIN
     windows: PositiveInt = 16
-    seq_len: PositiveInt = 2048
+    seq_len: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:

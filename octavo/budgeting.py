@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from octavo.analysis import analyze
+from octavo.analysis import linear_losses
 from octavo.budget import Budget, cheapest
 from octavo.calibration import Calibration
 from octavo.calibration.text import BUILTIN
-from octavo.checkpoint import Workspace
+from octavo.checkpoint import Checkpoint, Workspace
 from octavo.checkpoint.disk import sync, write_file
 from octavo.checkpoint.hub import resolve_model
 from octavo.errors import OctavoError
 from octavo.evaluation import DivergenceResult, evaluate
+from octavo.evaluation.progress import OnProgress, silent
 from octavo.evaluation.text import load_tokens
 from octavo.evaluation.windows import cut
 from octavo.pipeline import Progress, QuantizeResult, quantize
@@ -34,8 +36,11 @@ from octavo.reporting.record import BudgetRecord
 from octavo.scheme import Scheme
 from octavo.units import format_bytes
 
-# Windows of 512 tokens that parts are measured on, each part alone.
-_WINDOWS = 4
+# Windows that parts are measured on, each part alone, and tokens in each: enough to tell which cost most.
+_WINDOWS, _PART_SEQ_LEN = 4, 256
+
+# Tokens in a window that an edition is measured on, unless the model has fewer positions.
+_SEQ_LEN = 2048
 
 # Editions that are made at most.
 _TRIES = 6
@@ -84,11 +89,12 @@ def quantize_within(
     overwrite: bool = False,
     on_step: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_measured: OnProgress = silent,
 ) -> Within:
     """Write the smallest FP8 edition that a budget allows: with as few bytes of linear layers kept in the model's dtype.
 
-    If all of them may be quantized, all are. Otherwise :func:`octavo.analyze` finds what each part costs on the first half
-    of the budget's text, the cheapest set to keep is quantized around, and the edition is measured on the second half; up to
+    If all of them may be quantized, all are. Otherwise what each part costs is measured on the first half of the budget's
+    text as :func:`octavo.analyze` does, the cheapest set to keep is quantized around, and the edition is measured on the second half; up to
     six editions are made until one fits and none that is much smaller would. Measuring holds both models in memory.
 
     Args:
@@ -96,6 +102,7 @@ def quantize_within(
         output: the directory to create; it appears only when an edition fits the budget.
         budget: what loss is acceptable.
         on_step: called with what is done next, a sentence.
+        on_measured: called as parts and editions are measured.
 
     Raises:
         OctavoError: as :func:`octavo.quantize`, or no edition of the scheme is within the budget; says how near one came.
@@ -108,18 +115,22 @@ def quantize_within(
             f"The budget's text {Path(budget.data).name} is what scales are calibrated on: what an edition loses on other "
             "text would not be measured. Pass another text as --budget-data."
         )
+    seq_len = budget.seq_len or min(_SEQ_LEN, _positions(source))
     with Workspace(target, overwrite=overwrite) as work:
         search = _Search(
             source=source,
             budget=budget,
-            halves=_halves(source, budget, work.directory),
+            halves=_halves(source, budget.data, seq_len, work.directory),
+            seq_len=seq_len,
             directory=work.directory,
+            target=target,
             scheme=scheme,
             calibration=calibration,
             device=device,
             options={"format": format, "device": device, "shard_size": shard_size},
             on_step=on_step,
             on_progress=on_progress,
+            on_measured=on_measured,
         )
         best, tries = search.run()
         record = _record(budget, best, tries)
@@ -136,13 +147,16 @@ class _Search(NamedTuple):
     source: Path
     budget: Budget
     halves: tuple[Path, Path]
+    seq_len: int
     directory: Path
+    target: Path
     scheme: Scheme
     calibration: Calibration
     device: str
     options: dict[str, Any]
     on_step: Callable[[str], None]
     on_progress: Callable[[Progress], None]
+    on_measured: OnProgress
 
     def run(self) -> tuple[_Try, int]:
         """The best edition, and how many were made."""
@@ -204,9 +218,10 @@ class _Search(NamedTuple):
             task="kl",
             data=self.halves[1],
             reference=self.source,
-            seq_len=self.budget.seq_len,
+            seq_len=self.seq_len,
             limit=self.budget.windows,
             device=self.device,
+            on_progress=self.on_measured,
         )
         assert isinstance(measured, DivergenceResult)
         loss = measured.kl if self.budget.max_kl else measured.perplexity_ratio - 1
@@ -216,16 +231,18 @@ class _Search(NamedTuple):
     def _parts(self) -> list[UnitLoss]:
         """What each part that can be kept costs alone."""
         self.on_step("measuring what each part costs")
-        found = analyze(
+        return linear_losses(
             self.source,
-            self.directory / "analysis",
+            self.directory,
+            self.target,
             scheme=self.scheme,
             calibration=self.calibration,
             data=self.halves[0],
             windows=_WINDOWS,
+            seq_len=min(_PART_SEQ_LEN, self.seq_len),
             device=self.device,
+            on_progress=self.on_measured,
         )
-        return [unit for unit in found.units if unit.modules]
 
     def _unreachable(
         self, tries: Sequence[_Try], parts: Sequence[UnitLoss], most: tuple[UnitLoss, ...]
@@ -247,14 +264,20 @@ def _left(parts: Sequence[UnitLoss], kept: Sequence[UnitLoss]) -> float:
     return sum(part.kl for part in parts) - sum(part.kl for part in kept)
 
 
-def _halves(source: Path, budget: Budget, directory: Path) -> tuple[Path, Path]:
+def _positions(source: Path) -> int:
+    with closing(Checkpoint(source)) as checkpoint:
+        return int(checkpoint.config["max_position_embeddings"])
+
+
+def _halves(source: Path, data: str, seq_len: int, directory: Path) -> tuple[Path, Path]:
     """The budget's text in two files of token ids: to choose on, and to verify on."""
-    tokens = load_tokens(budget.data, source)
+    tokens = load_tokens(data, source)
     middle = len(tokens) // 2
-    # Complains where the text is too short.
-    cut(len(tokens) - middle, budget.seq_len, None, limit=None, max_positions=budget.seq_len)
-    return _save(tokens[:middle], directory / "choose.npy"), _save(
-        tokens[middle:], directory / "verify.npy"
+    # Complains where the text is too short, or a window too long.
+    cut(len(tokens) - middle, seq_len, None, limit=None, max_positions=_positions(source))
+    return (
+        _save(tokens[:middle], directory / "choose.npy"),
+        _save(tokens[middle:], directory / "verify.npy"),
     )
 
 

@@ -96,6 +96,10 @@ class LayerProgress(_Progress):
             rate = f"{speed}{1 / each:.1f} layers/s, {each * (total - done):.0f} s left"
         self._show("quantizing", done, total, "layers", f"{rate}  {detail}" if detail else rate)
 
+    def update_measured(self, done: int, total: int, unit: str) -> None:
+        """Show that ``done`` of ``total`` ``unit`` are measured, between two runs over the layers."""
+        self._show("measuring", done, total, unit, "")
+
 
 class CountProgress(_Progress):
     """Progress over tokens, questions, requests or bytes; :meth:`update` takes each step."""

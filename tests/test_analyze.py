@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import tiny
 from octavo import Calibration, OctavoError, Scheme, analyze, quantize
-from octavo.analysis import KV_CACHE, LAYER, Measured, measure
+from octavo.analysis import KV_CACHE, LAYER, Measured, all_units, measure
 from octavo.analysis.analyzing import _settings
 from octavo.checkpoint import Checkpoint
 from octavo.cli import app
@@ -195,7 +195,8 @@ def test_what_is_excluded_is_in_no_unit(
 def measured(job: Job, texts: tuple[Calibration, Path], directory: Path) -> Measured:
     samples, tokens = (torch.from_numpy(np.load(path)) for path in (texts[0].source, texts[1]))
     directory.mkdir()
-    return measure(job, samples, tokens, _settings(job, samples), directory, directory / "target")
+    units, settings = all_units(job), _settings(job, samples)
+    return measure(job, units, samples, tokens, settings, directory, directory / "target")
 
 
 def test_nothing_quantized_costs_nothing(

@@ -99,10 +99,11 @@ def analyze(
         tokens = _load_windows(job, data, windows, seq_len)
         settings = _settings(job, samples)
         work = stack.enter_context(Workspace(target, overwrite=overwrite))
-        cost = cost_of(job, all_units(job), samples, tokens, settings)
+        units = all_units(job)
+        cost = cost_of(job, units, samples, tokens, settings)
         on_start(cost)
         meter = _Meter(cost, on_progress)
-        found = measure(job, samples, tokens, settings, work.directory, target, meter.add)
+        found = measure(job, units, samples, tokens, settings, work.directory, target, meter.add)
         analysis = Analysis(
             octavo=__version__,
             torch=torch.__version__,
@@ -121,6 +122,40 @@ def analyze(
         write_analysis(analysis, work.edition)
         work.publish()
     return analysis
+
+
+def linear_losses(
+    source: Path,
+    directory: Path,
+    target: Path,
+    *,
+    scheme: Scheme,
+    calibration: Calibration,
+    data: str | Path,
+    windows: int,
+    seq_len: int,
+    device: str,
+    on_progress: OnProgress = silent,
+) -> list[UnitLoss]:
+    """What :func:`analyze` finds of the groups of linear layers alone, for two thirds of the work.
+
+    Args:
+        source: a checkpoint directory.
+        directory: an existing one, for files of hidden states.
+        target: the output they are for, named in errors.
+
+    Others, and errors, as for :func:`analyze`.
+    """
+    with ExitStack() as stack:
+        job = open_job(source, nearest(scheme), _FORMAT, pick_device(device))
+        stack.callback(job.checkpoint.close)
+        samples = _load_samples(job, calibration)
+        tokens = _load_windows(job, data, windows, seq_len)
+        settings = _settings(job, samples)
+        units = [unit for unit in all_units(job) if unit.modules and unit.name != LAYER]
+        meter = _Meter(cost_of(job, units, samples, tokens, settings), on_progress)
+        found = measure(job, units, samples, tokens, settings, directory, target, meter.add)
+        return _losses(job, found)
 
 
 class _Meter:

@@ -7,7 +7,7 @@ begin. Those of layers before go through it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -67,6 +67,7 @@ def all_units(job: Job) -> list[Unit]:
 
 def measure(
     job: Job,
+    units: Sequence[Unit],
     samples: Tensor | None,
     tokens: Tensor,
     settings: Settings,
@@ -78,6 +79,7 @@ def measure(
 
     Args:
         job: the model and the scheme. Whatever the scheme's rounding, weights are rounded to nearest.
+        units: of it, in the order of their layers.
         samples: for calibration, int64 ``[samples, seq_len]``; None where the scheme needs none.
         tokens: to measure on, int64 ``[windows, seq_len]``, of another text than the samples.
         settings: how memory is used.
@@ -89,7 +91,7 @@ def measure(
         OctavoError: a tensor or an activation is NaN or infinite.
         WriteError: the disk has no space for the hidden states.
     """
-    units, device = all_units(job), job.decoder.device
+    device = job.decoder.device
     slots = FIRST + len(units)
     # Apart from the one that calibrates, in the model's own dtype, as a quantization does.
     decoder = Decoder(job.checkpoint, device, torch.float32)
@@ -128,7 +130,7 @@ def measure(
             on_work(calibration_work(samples, tokens))
         head = slots * head_work(job)
         kl = divergences(decoder, variants, workers, lambda share: on_work(share * head))
-    return Measured(units, kl[FIRST:], kl[EVERYTHING], layers.weights, layers.inputs.result())
+    return Measured(list(units), kl[FIRST:], kl[EVERYTHING], layers.weights, layers.inputs.result())
 
 
 class _Quantized(NamedTuple):
@@ -163,7 +165,7 @@ class _Layers:
         self,
         job: Job,
         decoder: Decoder,
-        units: list[Unit],
+        units: Sequence[Unit],
         stream: CalibrationStream | None,
         variants: Variants,
         casts: ThreadPoolExecutor,

@@ -180,7 +180,12 @@ def quantize(
 
             budget = budget_of(max_kl, max_perplexity_increase, budget_data)
             found = quantize_within(
-                model, output, budget, on_step=(lambda _: None) if quiet else _told, **common
+                model,
+                output,
+                budget,
+                on_step=(lambda _: None) if quiet else _told,
+                on_measured=lambda step: progress.update_measured(*step),
+                **common,
             )
             result, record = found.result, found.record
         else:

@@ -1,0 +1,204 @@
+"""Editions within a budget: what is chosen against brute force, what is promised against a measurement of its own."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import tiny
+from octavo import Budget, Calibration, OctavoError, evaluate, quantize_within
+from octavo.budget import budget_of, cheapest
+from octavo.cli import app
+from octavo.evaluation import DivergenceResult
+from octavo.scheme import scheme_called
+
+SEQ_LEN, WINDOWS = 32, 8
+
+
+class Part(NamedTuple):
+    kl: float
+    bytes: int
+
+
+parts = st.lists(st.builds(Part, st.floats(0, 1), st.integers(0, 1000)), max_size=8)
+
+
+@given(parts, st.floats(-0.1, 4))
+def test_what_is_kept_is_enough_and_nearly_the_cheapest(given: list[Part], allowed: float) -> None:
+    kept = cheapest(given, allowed)
+    left = list(given)
+    for part in kept:
+        left.remove(part)
+    total = sum(part.kl for part in left)
+    assert total <= allowed + 1e-9 or not left
+    enough = [
+        sum(part.bytes for part in some)
+        for size in range(len(given) + 1)
+        for some in combinations(given, size)
+        if sum(part.kl for part in given) - sum(part.kl for part in some) <= allowed - 1e-9
+    ]
+    largest = max((part.bytes for part in given), default=0)
+    if enough:
+        assert sum(part.bytes for part in kept) <= min(enough) + largest
+
+
+@pytest.mark.parametrize(
+    ("max_kl", "increase", "fault"),
+    [
+        (None, None, "one of max_kl and max_perplexity_increase is needed"),
+        (0.1, "1%", "and not both"),
+        (-0.1, None, "greater than 0"),
+        (None, "0.01", "in per cent"),
+        (None, "much%", "could not convert"),
+    ],
+)
+def test_what_is_no_budget_is_refused(
+    max_kl: float | None, increase: str | None, fault: str
+) -> None:
+    with pytest.raises(OctavoError, match=fault):
+        budget_of(max_kl, increase, "builtin")
+
+
+def test_a_budget_as_it_is_typed() -> None:
+    assert budget_of(None, "1.5%", "x.txt").limit == pytest.approx(0.015)
+    assert budget_of(0.02, None, "x.txt").limit == 0.02
+
+
+class Case(NamedTuple):
+    """A model, its calibration, a text for budgets, and what everything quantized loses on its second half."""
+
+    model: Path
+    calibration: Calibration
+    text: Path
+    half: Path
+    loss: float
+
+    def budget(self, **limit: float) -> Budget:
+        return Budget(data=str(self.text), seq_len=SEQ_LEN, windows=WINDOWS, **limit)
+
+    def measure(self, edition: Path) -> DivergenceResult:
+        found = evaluate(
+            edition, task="kl", data=self.half, reference=self.model, seq_len=SEQ_LEN, limit=WINDOWS
+        )
+        assert isinstance(found, DivergenceResult)
+        return found
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    directory = tmp_path_factory.mktemp("budget")
+    model = tiny.build("llama", directory / "model", layers=3)
+    samples = tiny.save_ids(directory / "samples.npy", samples=8, seq_len=SEQ_LEN)
+    text = tiny.save_ids(directory / "text.npy", samples=40, seq_len=SEQ_LEN, seed=1)
+    half = directory / "half.npy"
+    np.save(half, np.load(text).reshape(-1)[20 * SEQ_LEN :])
+    case = Case(model, Calibration(source=str(samples)), text, half, 0.0)
+    made = quantize_within(
+        model, directory / "all", case.budget(max_kl=1.0), calibration=case.calibration
+    )
+    assert not made.record.kept
+    assert made.record.tries == 1
+    return case._replace(loss=made.record.kl)
+
+
+def test_an_edition_keeps_its_budget(case: Case, tmp_path: Path) -> None:
+    steps: list[str] = []
+    made = quantize_within(
+        case.model,
+        tmp_path / "out",
+        case.budget(max_kl=0.6 * case.loss),
+        calibration=case.calibration,
+        on_step=steps.append,
+    )
+    found = case.measure(tmp_path / "out")
+    assert found.kl == pytest.approx(made.record.kl)
+    assert found.kl <= 0.6 * case.loss
+    # Not all was kept, and what was is what the record and the edition say.
+    kept = made.record.kept
+    assert 0 < len(kept) < 3 * 7
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.removesuffix(".weight_scale") for name in stored if "weight_scale" in name} == {
+        name.removesuffix(".weight")
+        for name in stored
+        if "_proj" in name and name.endswith(".weight") and name.removesuffix(".weight") not in kept
+    }
+    account = json.loads((tmp_path / "out" / "octavo.json").read_text())
+    assert account["budget"] == made.record.model_dump(mode="json")
+    assert set(kept) <= set(account["scheme"]["exclude"])
+    assert made.record.bytes > 0
+    assert "measuring what each part costs" in steps
+    # What engines fuse is kept together.
+    for layer in range(3):
+        group = {f"model.layers.{layer}.self_attn.{kind}_proj" for kind in "qkv"}
+        assert len(group & set(kept)) in (0, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_perplexity_can_be_limited(case: Case, tmp_path: Path) -> None:
+    made = quantize_within(
+        case.model,
+        tmp_path / "out",
+        case.budget(max_perplexity_increase=0.5),
+        calibration=case.calibration,
+        scheme=scheme_called("fp8", kv_cache="none"),
+    )
+    assert case.measure(tmp_path / "out").perplexity_ratio == pytest.approx(
+        made.record.perplexity_ratio
+    )
+    assert made.record.perplexity_ratio <= 1.5
+
+
+def test_what_cannot_be_reached_is_refused_with_the_best(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(OctavoError, match=r"still [0-9.e-]+ nats/token.*--kv-cache none"):
+        quantize_within(
+            case.model,
+            tmp_path / "out",
+            case.budget(max_kl=1e-9),
+            calibration=case.calibration,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_calibration_text_is_no_budget_text(case: Case, tmp_path: Path) -> None:
+    budget = Budget(max_kl=1.0, data=case.calibration.source, seq_len=SEQ_LEN)
+    with pytest.raises(OctavoError, match="is what scales are calibrated on"):
+        quantize_within(case.model, tmp_path / "out", budget, calibration=case.calibration)
+
+
+@pytest.mark.parametrize(
+    "option", [["--resume"], ["--max-memory", "3GiB"], ["--workers", "2"]], ids=lambda one: one[0]
+)
+def test_options_that_do_not_go_with_it(case: Case, option: list[str], tmp_path: Path) -> None:
+    arguments: list[Any] = ["quantize", case.model, "-o", tmp_path / "out", "--max-kl", "1"]
+    result = CliRunner().invoke(app, [*map(str, arguments), *option])
+    assert result.exit_code == 2
+    assert f"{option[0]} cannot go with --max-kl" in " ".join(result.stderr.split())
+
+
+def test_the_command_tells_what_it_kept(case: Case, tmp_path: Path) -> None:
+    tiny.save_tokenizer(case.model)
+    arguments: list[Any] = ["quantize", case.model, "-o", tmp_path / "out", "--max-kl", "1"]
+    arguments += ["--calib", case.calibration.source, "--kv-cache", "none"]
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == 0, result.stderr
+    assert "kept for it" in result.stdout
+    assert "nothing" in result.stdout
+    assert "KL divergence: " in result.stderr
+    assert "× 128 tokens" in result.stdout
+
+
+def test_a_window_that_is_too_long_is_refused_at_the_start(case: Case, tmp_path: Path) -> None:
+    steps: list[str] = []
+    budget = Budget(max_kl=1.0, data=str(case.text), seq_len=256)
+    with pytest.raises(OctavoError, match="longer than the model's 128 positions"):
+        quantize_within(case.model, tmp_path / "out", budget, on_step=steps.append)
+    assert not steps
