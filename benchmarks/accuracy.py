@@ -1,0 +1,125 @@
+"""How near editions of the same format come to the model, whoever made them.
+
+ModelOpt's, Quark's and llm-compressor's editions are put together from golden files (scales, and hashes of codes), which
+were made on the same calibration tokens as Octavo's are here. All are static per-tensor FP8 with an FP8 KV cache. One
+scorer reads them all: KL from the BF16 model and perplexity, on WikiText-2's test text, whose validation text they are
+calibrated on, and on another text. With ``--vllm``, vLLM reads them too.
+
+Usage: python -m benchmarks.accuracy GOLDEN WIKI.test.raw [--windows 16] [--vllm PYTHON] [--only NAME …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import CACHE, RESULTS, ROOT, sample_model, save
+from octavo import Calibration, quantize
+from octavo.allocator import keep_freed_memory
+from octavo.evaluation import evaluate
+from octavo.scheme import scheme_called
+
+sys.path.insert(0, str(ROOT / "tests"))
+from golden import TOOLS, rebuild
+
+# What Octavo's editions differ in.
+OURS: dict[str, dict[str, Any]] = {
+    "Octavo, nearest": {},
+    "Octavo, nearest, scales by MSE": {"scales": "mse"},
+    "Octavo, GPTQ": {"rounding": "gptq"},
+    "Octavo, GPTQ, scales by MSE": {"rounding": "gptq", "scales": "mse"},
+    # vLLM rounds q/k/v and gate/up again where each has a scale of its own.
+    "Octavo, GPTQ, scales by MSE, merged": {
+        "rounding": "gptq",
+        "scales": "mse",
+        "merge_scales": True,
+    },
+}
+NAMES = [*TOOLS, *OURS]
+
+# vLLM's context is as long as a window, and it generates one token more.
+_VLLM_WINDOWS, _VLLM_SEQ_LEN = 8, 2047
+
+
+def make(name: str, golden: Path, tokens: Path, output: Path) -> float:
+    """Make an edition; seconds."""
+    begin = time.perf_counter()
+    if name in OURS:
+        scheme = scheme_called("fp8", **OURS[name])
+        quantize(sample_model(), output, scheme=scheme, calibration=Calibration(source=str(tokens)))
+    else:
+        rebuild(name, sample_model(), golden, output)
+    return time.perf_counter() - begin
+
+
+def score(edition: Path, data: str, windows: int) -> dict[str, Any]:
+    """KL and perplexity by Octavo's engine."""
+    found: Any = evaluate(edition, task="kl", data=data, reference=sample_model(), limit=windows)
+    names = ("kl", "kl_standard_error", "perplexity", "reference_perplexity")
+    return {
+        name: getattr(found, name)
+        for name in (*names, "perplexity_ratio", "ratio_standard_error", "tokens")
+    }
+
+
+def score_in_vllm(python: Path, edition: Path, data: Path) -> dict[str, Any]:
+    """Perplexity by vLLM, in a process of its own."""
+    command = [str(python), "-m", "octavo.cli", "eval", str(edition), "--task", "perplexity"]
+    command += ["--engine", "vllm", "--data", str(data), "--json", "--quiet"]
+    command += ["--seq-len", str(_VLLM_SEQ_LEN), "--limit", str(_VLLM_WINDOWS)]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"vLLM failed on {edition}:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    return {name: found[name] for name in ("perplexity", "standard_error")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("golden", type=Path, help="the golden files")
+    parser.add_argument("test", type=Path, help="WikiText-2's test text")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--vllm", type=Path, help="the Python of an environment with vLLM")
+    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
+    options = parser.parse_args()
+    keep_freed_memory()
+    texts = {"wikitext-2 test": str(options.test), "builtin": "builtin"}
+    result: dict[str, Any] = {"windows": options.windows, "calibration": "golden", "editions": {}}
+    if (RESULTS / "accuracy.json").exists():
+        result["editions"] = json.loads((RESULTS / "accuracy.json").read_text())["editions"]
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        tokens = Path(scratch) / "tokens.npy"
+        np.save(tokens, np.load(options.golden / "calib_tokens.npy").astype(np.int64))
+        if options.vllm:
+            result["vllm, BF16"] = score_in_vllm(options.vllm, sample_model(), options.test)
+        for name in options.only:
+            edition = Path(scratch) / name.replace(" ", "-").replace(",", "")
+            seconds = make(name, options.golden, tokens, edition)
+            found: dict[str, Any] = {
+                text: score(edition, data, options.windows) for text, data in texts.items()
+            }
+            kls = ", ".join(f"{text}: KL {one['kl']:.5f}" for text, one in found.items())
+            if name in OURS:
+                found["seconds"] = seconds
+            if options.vllm:
+                found["vllm"] = score_in_vllm(options.vllm, edition, options.test)
+                kls += f", vLLM {found['vllm']['perplexity']:.3f}"
+            print(f"{name}: {kls}", flush=True)
+            result["editions"][name] = found
+            save("accuracy", result)
+
+
+if __name__ == "__main__":
+    main()
