@@ -20,6 +20,7 @@ from octavo.engines.engine import TokenIds, TokenScores
 from octavo.engines.torch import TorchEngine
 from octavo.evaluation import load_tokens
 from octavo.evaluation.perplexity import perplexity
+from octavo.loading import Fp8KeyValueCache
 from octavo.scheme import scheme_called
 
 # Tokens of a window, and windows. Two implementations differ by a quarter of a nat or more on one token of this
@@ -35,6 +36,20 @@ Expected: TypeAlias = Callable[[str, str, bool, Sharing], float]
 def cost(engine: Engine, tokens: Tensor) -> float:
     """The perplexity of the text."""
     return perplexity(engine, tokens, seq_len=SEQ_LEN).perplexity
+
+
+def cut_off(tensor: Tensor, scale: Tensor) -> Tensor:
+    """``tensor`` after vLLM's FP8 storage on a CPU, float32: rounded towards zero."""
+    values = (tensor.float() / scale).clamp(-448, 448)
+    nearest = values.to(torch.float8_e4m3fn)
+    # One code less is the next number towards zero.
+    codes = nearest.view(torch.uint8) - (nearest.float().abs() > values.abs()).to(torch.uint8)
+    return codes.view(torch.float8_e4m3fn).float() * scale
+
+
+def cut_off_both(cache: Fp8KeyValueCache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Octavo's cache, rounding as vLLM's does."""
+    return cut_off(key, cache.k_scale).to(key), cut_off(value, cache.v_scale).to(value)
 
 
 class StepEngine(TorchEngine):
@@ -116,14 +131,19 @@ def editions(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Editions
 @pytest.fixture(scope="session")
 def expected(editions: Editions, tokens: Tensor) -> Expected:
     """The text's perplexity in Octavo's own engine, of a scheme, a kind of KV cache, weight scales merged or
-    not, and tokens that share input scales or not: codes and scales are the same in every dialect."""
+    not, and tokens that share input scales or not: codes and scales are the same in every dialect. Keys and
+    values are rounded as vLLM does it."""
 
     @cache
     def run(kind: str, kv_cache: str, merged: bool, sharing: Sharing) -> float:
         edition = editions("compressed-tensors", kind, kv_cache, merged)
         if sharing == "step":
             return cost_of_steps(edition, tokens)
-        with closing(open_engine("torch", edition, "cpu")) as engine:
+        with (
+            closing(open_engine("torch", edition, "cpu")) as engine,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(Fp8KeyValueCache, "forward", cut_off_both)
             return cost(engine, tokens)
 
     return run
