@@ -168,7 +168,7 @@ class _Search(NamedTuple):
         # A quantized edition has something quantized.
         most = tuple(sorted(parts, key=lambda part: -part.kl)[:-1])
         while len(tries) < _TRIES:
-            allowed = _left(parts, tries[-1].kept) * _AIM * limit / tries[-1].loss
+            allowed = _allowed([(_left(parts, one.kept), one.loss) for one in tries], _AIM * limit)
             chosen = tuple(cheapest(parts, allowed))
             if len(chosen) == len(parts):
                 chosen = most
@@ -258,6 +258,22 @@ class _Search(NamedTuple):
             f"{self.budget.told(self.budget.limit)}: with {len(best.kept)} of {len(parts)} groups of linear layers kept it is "
             f"still {self.budget.told(best.loss)}. Allow more, or choose another scheme or --rounding.{advice}"
         )
+
+
+def _allowed(seen: Sequence[tuple[float, float]], aim: float) -> float:
+    """How much the losses of what is quantized may add up to.
+
+    Args:
+        seen: of each edition so far, what they added up to and what it lost. Part of the loss may be there whatever is
+            kept, the KV cache's for one: after the first edition a line through the last two is followed.
+        aim: what is to be lost.
+    """
+    (left, loss), slope = seen[-1], 0.0
+    if len(seen) > 1 and left != seen[-2][0]:
+        slope = (loss - seen[-2][1]) / (left - seen[-2][0])
+    if slope <= 0:
+        return left * aim / loss
+    return left - (loss - aim) / slope
 
 
 def _left(parts: Sequence[UnitLoss], kept: Sequence[UnitLoss]) -> float:

@@ -41,7 +41,7 @@ class _Progress:
         )
         self._task = self._bar.add_task("loading", total=0, unit=unit, rate="")
         self._begin: float | None = None
-        self._first = 0
+        self._first = self._latest = 0
         self._last_line, self._last_done = time.monotonic(), -1
 
     def __enter__(self) -> Self:
@@ -57,9 +57,10 @@ class _Progress:
         self._bar.stop()
 
     def _seconds_each(self, done: int) -> float | None:
-        """Seconds for each step since the first call; None on that call."""
+        """Seconds for each step since the first call, or since steps began anew; None on that call."""
         now = time.monotonic()
-        if self._begin is None or done < self._first:
+        again, self._latest = done < self._latest, done
+        if self._begin is None or again:
             # The first steps' time is only known from the second call on.
             self._begin, self._first = now, done
         steps = done - self._first

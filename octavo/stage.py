@@ -262,8 +262,13 @@ class Stage(NamedTuple):
             cached = scheme.kv_cache == "fp8" and any(name.endswith("k_proj") for name in turn)
             if not cached and not amax.keys() & set(turn):
                 continue
+            after = next((name for name in plan.attention if not turn[0].startswith(name)), None)
+            if after is not None:
+                with self.clock("wait for disk"):
+                    # What is kept of it goes where a resumed run would begin until then.
+                    lane.calibrated.result()
             with self.clock("calibrate"):
-                inputs = self.stream.look(number, index, turn, cache=cached)
+                inputs = self.stream.look(number, index, turn, cache=cached, after=after)
             activations |= inputs.ranges
             with self.clock("round"):
                 feedback = gptq.prepare(inputs.moments)

@@ -87,6 +87,9 @@ class CalibrationStream:
         """
         self._decoder, self._source, self._before_batch = decoder, source, before_batch
         self._scales = scales
+        # The batch that a thread computes, and the attention block whose output is kept.
+        self._current = threading.local()
+        self._kept: str | None = None
         with ExitStack() as opened:
             self._states = []
             for number in (0, 1):
@@ -167,6 +170,7 @@ class CalibrationStream:
         @torch.inference_mode()
         def step(index: int) -> None:
             self._before_batch()
+            self._current.batch = index
             with _own_stream(device):
                 hidden = source(index).to(device, non_blocking=True)
                 for module, number in zip(modules, layers, strict=True):
@@ -181,17 +185,28 @@ class CalibrationStream:
                 contexts.enter_context(fused_kernels(module))
             for number in layers:
                 self._watch(observer, number, watched)
+            if self._kept is not None:
+                (layer,) = layers
+                contexts.enter_context(self._attention(place, layer, self._kept))
+                self._kept = None
             self._all_batches(step, target, last)
         return self._ranges(observer)
 
-    def look(self, place: int, layer: int, names: Sequence[str], *, cache: bool) -> Inputs:
+    def look(
+        self, place: int, layer: int, names: Sequence[str], *, cache: bool, after: str | None = None
+    ) -> Inputs:
         """Run the samples into a loaded decoder layer, as far as what is looked for.
+
+        What an attention block gives out need not be computed again once nothing in it changes any more: the first call
+        with its name keeps it, in the place of the hidden states behind this pass, and from then on until these are
+        there it is taken from there.
 
         Args:
             place: number of the pass.
             layer: which.
             names: linear layers that share an input.
             cache: also look at what the cache gets, which comes after these inputs.
+            after: full name of an attention block whose output these inputs depend on.
 
         Raises:
             OctavoError: an activation is NaN or infinite.
@@ -210,6 +225,7 @@ class CalibrationStream:
         @torch.inference_mode()
         def step(index: int) -> Tensor:
             self._before_batch()
+            self._current.batch = index
             with _own_stream(device), suppress(_Reached):
                 hidden = self.states(place).read(index).to(device, non_blocking=True)
                 module(hidden, **self._kwargs[layer])
@@ -219,6 +235,8 @@ class CalibrationStream:
         with ExitStack() as contexts:
             observer = contexts.enter_context(Observer(self._scales))
             contexts.enter_context(fused_kernels(module))
+            if after is not None:
+                contexts.enter_context(self._attention(place, layer, after))
             observer.watch_input(names, linear)
             contexts.callback(linear.register_forward_pre_hook(catch).remove)
             last = linear
@@ -237,7 +255,36 @@ class CalibrationStream:
                 moments.add(list(self._pool.map(step, batches)), self._pool.map)
             rest = set(range(count)) - set(chosen)
             deque(self._pool.map(step, rest), maxlen=0)
+        if after is not None:
+            self._kept = after
         return Inputs(self._ranges(observer), moments.result())
+
+    @contextmanager
+    def _attention(self, place: int, layer: int, name: str) -> Iterator[None]:
+        """Keep what an attention block gives out, or have it give out what was kept."""
+        blocks = dict(self._decoder.attention_blocks(layer))
+        block, states = blocks[name], self.states(place + 1)
+
+        def keep(_: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
+            states.write(self._current.batch, output[0].cpu())
+
+        def give(*_: Any, **__: Any) -> tuple[Tensor, None]:
+            kept = states.read(self._current.batch)
+            return kept.to(self._decoder.device, non_blocking=True), None
+
+        if self._kept != name:
+            hook = block.register_forward_hook(keep)
+            try:
+                yield
+            finally:
+                hook.remove()
+            return
+        # On the instance: the class keeps its own.
+        block.forward = give
+        try:
+            yield
+        finally:
+            del block.forward
 
     def _all_batches(self, step: Callable[[int], None], target: HiddenStates, last: bool) -> None:
         count = len(target.shape.batches)
