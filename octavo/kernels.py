@@ -248,6 +248,27 @@ def _round_with_feedback(weight: Any, factor: Any, scales: Any, codes: Any, erro
 
 
 @njit(**_JIT)
+def _descend(
+    weight: Any, moments: Any, scales: Any, slopes: Any, moved: Any, codes: Any, changes: Any
+) -> None:
+    width = moments.shape[0]
+    for row in range(weight.shape[0]):
+        slope = slopes[row]
+        for i in range(width):
+            scale, curvature = scales[row, i], moments[i, i]
+            now = weight[row, i] + moved[row, i]
+            nearest = _nearest_e4m3((now - slope[i] / curvature) / scale)
+            step = nearest * scale - now
+            change = step * (np.float32(2) * slope[i] + curvature * step)
+            if change < np.float32(0):
+                changes[row] += change
+                moved[row, i] += step
+                codes[row, i] = _code_of(nearest)
+                for j in range(i + 1, width):
+                    slope[j] += step * moments[i, j]
+
+
+@njit(**_JIT)
 def _round_to_e4m3(x: Any, scale: Any, out: Any) -> Any:
     for i in range(x.shape[0]):
         # Exact: an E4M3 number has fewer bits than a BF16 one.
@@ -348,6 +369,38 @@ def round_with_feedback(
         scales.numpy(),
         codes.view(torch.uint8).numpy(),
         errors.numpy(),
+    )
+
+
+def descend(
+    weight: Tensor,
+    moments: Tensor,
+    scales: Tensor,
+    slopes: Tensor,
+    moved: Tensor,
+    codes: Tensor,
+    changes: Tensor,
+) -> None:
+    """Give each column in turn the codes that are best given all others', where those are better.
+
+    Args:
+        weight: float32 ``[rows, columns]``, columns contiguous, on the CPU, like all others.
+        moments: of these columns' inputs, float32 ``[columns, columns]``, with a positive diagonal.
+        scales: float32 ``[rows, columns]``, positive.
+        slopes: half the derivative of each row's squared error of outputs by each element, float32
+            ``[rows, columns]``; overwritten.
+        moved: what the codes stand for less ``weight``, float32 ``[rows, columns]``; changed with the codes.
+        codes: ``float8_e4m3fn`` ``[rows, columns]``, changed.
+        changes: float32 ``[rows]``; how much the rows' errors change is added.
+    """
+    _descend(
+        weight.numpy(),
+        moments.numpy(),
+        scales.numpy(),
+        slopes.numpy(),
+        moved.numpy(),
+        codes.view(torch.uint8).numpy(),
+        changes.numpy(),
     )
 
 
