@@ -69,7 +69,7 @@ def order_of_columns() -> Iterator[None]:
 
 @contextmanager
 def moment_tokens(count: int) -> Iterator[None]:
-    with patch.object(stream, "_MOMENT_TOKENS", count):
+    with patch.object(stream, "MOMENT_TOKENS", count):
         yield
 
 

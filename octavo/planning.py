@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from octavo import canonical, fp8
-from octavo.calibration import BATCH_TOKENS, Calibration
+from octavo.calibration import BATCH_TOKENS, MOMENT_TOKENS, Calibration
 from octavo.checkpoint import read_json
 from octavo.checkpoint.hub import resolve_model
 from octavo.checkpoint.safetensors import build_header
@@ -301,17 +301,21 @@ def _flops(job: Job, tokens: Tensor) -> float:
     once = layer_flops(job, tokens)
     if job.scheme.rounding == "nearest":
         return once
-    # The samples run up to each group of linear layers, then through the whole; second moments of what they see
-    # (one half, being symmetric); and each weight's rounding, in float32.
-    shapes = [
-        [job.checkpoint[f"{name}.weight"].shape for name in turn]
-        for turn in canonical.turns(job.plans[0])
-    ]
+    # The samples run up to each group of linear layers, then through the whole, what attention gives out computed
+    # once more; second moments of what some of them see (one half, being symmetric); and each weight's rounding, in
+    # float32.
+    plan = job.plans[0]
+    turns = canonical.turns(plan)
+    shapes = [[job.checkpoint[f"{name}.weight"].shape for name in turn] for turn in turns]
     sizes = [sum(map(_elements, turn)) for turn in shapes]
-    up_to = sizes[0] + sum(sum(sizes[:number]) for number in range(1, len(sizes)))
-    moments = sum(turn[0][1] ** 2 for turn in shapes)
-    feedback = sum(2 * rows * columns**2 for turn in shapes for rows, columns in turn)
-    return once + tokens.numel() * (2.0 * up_to + moments) + _FLOAT32 * feedback
+    inside = sum(turn[0].startswith(plan.attention) for turn in turns)
+    up_to = [
+        sum(sizes[inside if number > inside else 0 : number]) for number in range(1, len(sizes))
+    ]
+    passes = sizes[0] + sum(up_to) - sum(sizes[:inside])
+    moments = min(tokens.numel(), MOMENT_TOKENS) * sum(turn[0][1] ** 2 for turn in shapes)
+    feedback = sum(3 * rows * columns**2 for turn in shapes for rows, columns in turn)
+    return once + tokens.numel() * 2.0 * passes + moments + _FLOAT32 * feedback
 
 
 def layer_flops(job: Job, tokens: Tensor) -> float:

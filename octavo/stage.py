@@ -283,6 +283,8 @@ class Stage(NamedTuple):
                 for module, fp8_linear in fp8_linears(decoder.linears(index), folded).items():
                     decoder.replace(index, module, fp8_linear)
                 output.put(folded, noise)
+            # Before there are others.
+            del feedback
             if cached:
                 scales = canonical.cache_scales(plan, activations, scheme)
                 for block, fp8_cache in fp8_caches(plan.attention, scales).items():

@@ -2,12 +2,18 @@
 
 from octavo.calibration.hidden import HiddenShape, HiddenStates, batch_sizes
 from octavo.calibration.ranges import COUNTS_BYTES
-from octavo.calibration.stream import BATCH_TOKENS, CalibrationStream, batches_at_once
+from octavo.calibration.stream import (
+    BATCH_TOKENS,
+    MOMENT_TOKENS,
+    CalibrationStream,
+    batches_at_once,
+)
 from octavo.calibration.tokens import Calibration, load_tokens
 
 __all__ = [
     "BATCH_TOKENS",
     "COUNTS_BYTES",
+    "MOMENT_TOKENS",
     "Calibration",
     "CalibrationStream",
     "HiddenShape",

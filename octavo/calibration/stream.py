@@ -26,7 +26,7 @@ from octavo.scheme import Scales
 BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 # Tokens whose second moments are taken: with four times as many, KL differed by no more than noise (SmolLM2).
-_MOMENT_TOKENS = 16384
+MOMENT_TOKENS = 16384
 
 # How often the hidden states of one pass are brought to the disk while it computes, so that little is left
 # to wait for at its end.
@@ -247,7 +247,7 @@ class CalibrationStream:
             # After the observer's: hooks are called in the order they came.
             contexts.callback(last.register_forward_pre_hook(stop).remove)
             count = len(self._states[0].shape.batches)
-            enough = min(-(-count * _MOMENT_TOKENS // self._tokens), count)
+            enough = min(-(-count * MOMENT_TOKENS // self._tokens), count)
             # From all over the text, in whose order the samples are.
             chosen = [number * count // enough for number in range(enough)]
             for first in range(0, enough, self._workers):
