@@ -44,7 +44,8 @@ WAITING = 2
 _PRODUCT, _PRODUCT_LEAST = 4_000, 1_000_000
 
 # Bytes for each element of a matrix of second moments while it is factored: in float32 itself, in order, its
-# inverse, that one's factor, and what LAPACK gets; three more, as measured, of what is freed but not given back at once. Of the rows of a weight that each core rounds by it: some copies.
+# inverse, that one's factor, and what LAPACK gets; three more, as measured, of what is freed but not given back at
+# once. Of the rows of a weight that each core rounds by it: some copies.
 _MOMENTS = 23
 _STRIP = 48_000_000
 
