@@ -13,6 +13,7 @@ core, or a weight: that makes the bound.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import resource
 from pathlib import Path
@@ -259,7 +260,8 @@ def choose_settings(
     else:
         raise OctavoError(
             f"--max-memory {format_bytes(limit or 0)} is too little: this run takes "
-            f"{format_bytes(need.least + need.growth)} at least, of which {format_bytes(program)} are the program, "
+            # In full, since this is what will be passed.
+            f"{math.ceil((need.least + need.growth) / 1e6)} MB at least, of which {format_bytes(program)} are the program, "
             f"{format_bytes(need.layers)} one decoder layer, and the rest quantized weights"
             + (f" and a batch of {settings.batch_tokens:,} tokens" if seq_len else "")
             + ". Allow as much"
