@@ -14,9 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from octavo.calibration.text import BUILTIN
 from octavo.errors import OctavoError
-
-BUILTIN = "builtin"
 
 
 class Budget(BaseModel):

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from octavo import canonical
-from octavo.calibration import COUNTS_BYTES, HiddenShape, batch_sizes
+from octavo.calibration import (
+    COUNTS_BYTES,
+    Calibration,
+    HiddenShape,
+    batch_sizes,
+    load_tokens,
+)
 from octavo.canonical import LayerPlan
 from octavo.checkpoint import Checkpoint
 from octavo.decoder import Decoder
@@ -121,6 +127,23 @@ def open_job(directory: Path, scheme: Scheme, format: str, device: torch.device)
         )
     target = Target(without_quantization(checkpoint.config), scheme)
     return Job(Edition(checkpoint), decoder, plans, format, dialect, target)
+
+
+def calibration_tokens(job: Job, calibration: Calibration) -> Tensor | None:
+    """The samples that a job's statistics are taken on, int64 ``[samples, seq_len]``; None where it needs none.
+
+    Raises:
+        OctavoError: as :func:`octavo.calibration.load_tokens`.
+    """
+    if not job.scheme.needs_calibration:
+        return None
+    config = job.decoder.config
+    return load_tokens(
+        calibration,
+        job.checkpoint.directory,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+    )
 
 
 def layer_shape(job: Job, *, on_gpu: bool = False) -> LayerShape:

@@ -22,7 +22,6 @@ from octavo.calibration import (
     Calibration,
     CalibrationStream,
     batches_at_once,
-    load_tokens,
 )
 from octavo.calibration.text import BUILTIN
 from octavo.canonical import LayerPlan
@@ -40,7 +39,7 @@ from octavo.cluster import (
     worker_threads,
 )
 from octavo.errors import OctavoError
-from octavo.job import Job, hidden_shape, layer_shape, open_job
+from octavo.job import Job, calibration_tokens, hidden_shape, layer_shape, open_job
 from octavo.memory import (
     Settings,
     check_text,
@@ -155,7 +154,7 @@ def quantize(
             stack.callback(job.checkpoint.close)
         with clock("tokenize"):
             _check_text(job, calibration, max_memory)
-            tokens = _load_tokens(job, calibration)
+            tokens = calibration_tokens(job, calibration)
         kind = job.decoder.device.type if workers is None else worker_device(device)
         settings = _settings(job, tokens, kind, workers, max_memory)
         options = {
@@ -359,18 +358,6 @@ def _check_text(job: Job, calibration: Calibration, max_memory: int | None) -> N
     files = [job.checkpoint.directory / "tokenizer.json", source]
     sizes = [path.stat().st_size if path.is_file() else 0 for path in files]
     check_text(max_memory, sizes[0], sizes[1] if source.suffix in (".txt", ".raw") else 0)
-
-
-def _load_tokens(job: Job, calibration: Calibration) -> Tensor | None:
-    if not job.scheme.needs_calibration:
-        return None
-    config = job.decoder.config
-    return load_tokens(
-        calibration,
-        job.checkpoint.directory,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-    )
 
 
 class _Statistics(NamedTuple):

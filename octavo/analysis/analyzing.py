@@ -14,7 +14,6 @@ from octavo.analysis.cost import Cost, cost_of
 from octavo.analysis.measuring import Measured, all_units, measure, nearest
 from octavo.analysis.units import LAYER, Unit, extra_bytes, extra_cache_bytes
 from octavo.calibration import BATCH_TOKENS, Calibration
-from octavo.calibration import load_tokens as load_samples
 from octavo.calibration.text import BUILTIN
 from octavo.calibration.tokens import check_vocabulary
 from octavo.checkpoint import Workspace
@@ -24,7 +23,7 @@ from octavo.evaluation.estimate import cluster_mean
 from octavo.evaluation.progress import OnProgress, Progress, silent
 from octavo.evaluation.text import load_tokens
 from octavo.evaluation.windows import cut
-from octavo.job import Job, layer_shape, open_job
+from octavo.job import Job, calibration_tokens, layer_shape, open_job
 from octavo.memory import Settings, choose_settings, program_memory
 from octavo.preflight import check_target, pick_device
 from octavo.reporting.analysis import (
@@ -95,7 +94,7 @@ def analyze(
     with ExitStack() as stack:
         job = open_job(source, nearest(scheme or Scheme()), _FORMAT, pick_device(device))
         stack.callback(job.checkpoint.close)
-        samples = _load_samples(job, calibration)
+        samples = calibration_tokens(job, calibration)
         tokens = _load_windows(job, data, windows, seq_len)
         settings = _settings(job, samples)
         work = stack.enter_context(Workspace(target, overwrite=overwrite))
@@ -104,6 +103,7 @@ def analyze(
         on_start(cost)
         meter = _Meter(cost, on_progress)
         found = measure(job, units, samples, tokens, settings, work.directory, target, meter.add)
+        losses = _losses(job, found)
         analysis = Analysis(
             octavo=__version__,
             torch=torch.__version__,
@@ -113,8 +113,8 @@ def analyze(
             device=job.decoder.device.type,
             calibration=_record(calibration, samples),
             text=Text(data=Path(data).name, windows=tokens.shape[0], seq_len=tokens.shape[1] + 1),
-            units=tuple(loss for loss in _losses(job, found) if loss.unit != LAYER),
-            layers=tuple(loss for loss in _losses(job, found) if loss.unit == LAYER),
+            units=tuple(loss for loss in losses if loss.unit != LAYER),
+            layers=tuple(loss for loss in losses if loss.unit == LAYER),
             everything=_loss(found.everything, "everything"),
             linears=_linears(found),
             warnings=tuple(_warnings(calibration, samples, data, windows, tokens)),
@@ -149,7 +149,7 @@ def linear_losses(
     with ExitStack() as stack:
         job = open_job(source, nearest(scheme), _FORMAT, pick_device(device))
         stack.callback(job.checkpoint.close)
-        samples = _load_samples(job, calibration)
+        samples = calibration_tokens(job, calibration)
         tokens = _load_windows(job, data, windows, seq_len)
         settings = _settings(job, samples)
         units = [unit for unit in all_units(job) if unit.modules and unit.name != LAYER]
@@ -167,18 +167,6 @@ class _Meter:
     def add(self, work: float) -> None:
         self._done += work
         self._on_progress(Progress(round(self._done), round(self._total), "layer passes"))
-
-
-def _load_samples(job: Job, calibration: Calibration) -> Tensor | None:
-    if not job.scheme.needs_calibration:
-        return None
-    config = job.decoder.config
-    return load_samples(
-        calibration,
-        job.checkpoint.directory,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-    )
 
 
 def _load_windows(job: Job, data: str | Path, count: int, seq_len: int | None) -> Tensor:
