@@ -379,7 +379,8 @@ class _Output:
                 {"layer": index, "amax": weights, "errors": self._errors, "tensors": digests}
             )
 
-        self._lane.settle(settle)
+        with stage.clock("wait for disk"):
+            self._lane.finish(settle)
 
 
 class _Lane:
@@ -395,7 +396,7 @@ class _Lane:
         self._writes, self._syncs = writes, syncs
         self._waiting: deque[Future[None]] = deque()
         self._failure: BaseException | None = None
-        self._written = self._settled = self.calibrated = _done()
+        self._written = self._settled = self._finished = self.calibrated = _done()
 
     def write(self, task: Callable[[], None]) -> None:
         """Have something written."""
@@ -412,6 +413,11 @@ class _Lane:
 
         self._settled = self._syncs.submit(self._run, when_written)
         return self._settled
+
+    def finish(self, task: Callable[[], None]) -> None:
+        """Have a layer settled, when the one before it is: no more than one is ever lost."""
+        self._finished.result()
+        self._finished = self.settle(task)
 
     def _run(self, task: Callable[[], None]) -> None:
         if self._failure is not None:
