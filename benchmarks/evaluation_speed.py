@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import CACHE, median, sample_model, save
 from octavo import Calibration, quantize
 from octavo.allocator import keep_freed_memory
-from octavo.engines.torch import start
+from octavo.engines.transformers import start
 from octavo.evaluation import load_tokens, perplexity
 
 _SEQ_LEN = 2048

@@ -253,7 +253,7 @@ def in_octavo(
     edition: Path, reference: Path, tokens: Tensor, windows: int, caches: dict[str, Cache]
 ) -> Iterator[tuple[str, Scores]]:
     """Run an edition in Octavo's engine, beside the model it was made from; BF16 comes first."""
-    from octavo.engines.torch import start
+    from octavo.engines.transformers import start
     from octavo.evaluation import divergence
     from octavo.evaluation.journal import Journal
 

@@ -56,7 +56,7 @@ def main() -> None:
     )
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     results: dict[str, Tensor] = {}
-    with closing(open_engine("torch", model)) as engine:
+    with closing(open_engine("transformers", model)) as engine:
         encoder = PromptEncoder(load_tokenizer(model), engine.max_positions)
         batches = [batch for subject in subjects for batch in encoder.batches(subject)]
         for number in range(options.rounds):

@@ -19,7 +19,7 @@ def complete(
     *,
     max_tokens: int = 64,
     temperature: float = 0.0,
-    engine: str = "torch",
+    engine: str = "transformers",
     device: str = "auto",
 ) -> str:
     """Continue a text.

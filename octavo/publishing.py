@@ -225,7 +225,7 @@ def _environment(device: str) -> Environment:
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
-        engine="torch",
+        engine="transformers",
         device=torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else _processor(),
         os=platform.platform(),
         date=datetime.date.today(),

@@ -40,7 +40,7 @@ def results(
             python="3.11.9",
             torch="2.13.0+cpu",
             transformers="5.19.0",
-            engine="torch",
+            engine="transformers",
             device="Intel Xeon, 2 cores",
             os="Linux 6.1",
             date=datetime.date(2026, 11, 22),

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from octavo import Calibration, quantize
 from octavo.engines import ENGINES, open_engine
-from octavo.engines.torch import TorchEngine
-from octavo.engines.torch.batches import packed, padded
+from octavo.engines.transformers import TransformersEngine
+from octavo.engines.transformers.batches import packed, padded
 from octavo.errors import OctavoError
 from octavo.loading import load
 
@@ -52,9 +52,9 @@ def float32_model(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Path
 
 
 @pytest.fixture
-def engine(tiny_llama: Path) -> Iterator[TorchEngine]:
-    with closing(open_engine("torch", tiny_llama, "cpu")) as opened:
-        assert isinstance(opened, TorchEngine)
+def engine(tiny_llama: Path) -> Iterator[TransformersEngine]:
+    with closing(open_engine("transformers", tiny_llama, "cpu")) as opened:
+        assert isinstance(opened, TransformersEngine)
         yield opened
 
 
@@ -62,7 +62,7 @@ class TestScore:
     def test_float32(self, float32_model: Path) -> None:
         sequences = [tokens(count, seed=count) for count in (128, 2, 17, 129)]
         model = plain(float32_model)
-        with closing(open_engine("torch", float32_model, "cpu")) as engine:
+        with closing(open_engine("transformers", float32_model, "cpu")) as engine:
             scores = list(engine.score(sequences))
         for ids, score in zip(sequences, scores, strict=True):
             expected = reference(model, ids[:-1])
@@ -72,20 +72,20 @@ class TestScore:
             )
             assert torch.equal(score.greedy, expected.argmax(-1) == ids[1:])
 
-    def test_bfloat16(self, engine: TorchEngine, tiny_llama: Path) -> None:
+    def test_bfloat16(self, engine: TransformersEngine, tiny_llama: Path) -> None:
         ids = tokens(100)
         expected = reference(plain(tiny_llama), ids[:-1]).gather(1, ids[1:, None])[:, 0]
         (score,) = engine.score([ids.tolist()])
         assert (score.logprobs - expected).abs().max() < BF16_NOISE
 
-    def test_from_a_position_on(self, engine: TorchEngine) -> None:
+    def test_from_a_position_on(self, engine: TransformersEngine) -> None:
         ids = tokens(60)
         whole, part, last = engine.score([ids, ids, ids], [1, 50, 59])
         torch.testing.assert_close(part.logprobs, whole.logprobs[49:])
         torch.testing.assert_close(last.logprobs, whole.logprobs[58:])
         assert torch.equal(part.greedy, whole.greedy[49:])
 
-    def test_lazily(self, engine: TorchEngine) -> None:
+    def test_lazily(self, engine: TransformersEngine) -> None:
         taken = []
 
         def endless() -> Iterator[Tensor]:
@@ -99,12 +99,12 @@ class TestScore:
         scores.close()
 
     def test_two_at_a_time_leave_the_library_as_it_was(
-        self, engine: TorchEngine, tiny_llama: Path
+        self, engine: TransformersEngine, tiny_llama: Path
     ) -> None:
         from transformers.models.llama import modeling_llama
 
         original = modeling_llama.apply_rotary_pos_emb
-        with closing(open_engine("torch", tiny_llama, "cpu")) as other:
+        with closing(open_engine("transformers", tiny_llama, "cpu")) as other:
             first, second = (one.score([tokens(8)] * 3) for one in (engine, other))
             next(first), next(second)
             assert modeling_llama.apply_rotary_pos_emb is not original
@@ -116,7 +116,7 @@ class TestScore:
 
     def test_close_gives_the_threads_back(self, tiny_llama: Path) -> None:
         threads = torch.get_num_threads()
-        with closing(open_engine("torch", tiny_llama, "cpu")) as engine:
+        with closing(open_engine("transformers", tiny_llama, "cpu")) as engine:
             list(engine.score([tokens(8)]))
         assert torch.get_num_threads() == threads
 
@@ -142,7 +142,7 @@ class TestChoose:
         prefix = tokens(count)
         suffixes = [tokens(length, seed=length) for length in (5, 1, 30, 5, 12)]
         model = plain(directory)
-        with closing(open_engine("torch", directory, "cpu")) as engine:
+        with closing(open_engine("transformers", directory, "cpu")) as engine:
             found = engine.choose(prefix, suffixes, self.CHOICES)
         expected = [
             reference(model, torch.cat([prefix, one]))[-1, list(self.CHOICES)] for one in suffixes
@@ -157,7 +157,7 @@ class TestChoose:
         prefix, suffixes = tokens(40), [tokens(length, seed=length) for length in (5, 1, 30)]
         model, _ = load(tmp_path / "edition", "cpu")
         expected = torch.stack([reference(model, torch.cat([prefix, one]))[-1] for one in suffixes])
-        engine: Any = open_engine("torch", tmp_path / "edition", "cpu")
+        engine: Any = open_engine("transformers", tmp_path / "edition", "cpu")
         with closing(engine):
             found = engine.choose(prefix, suffixes, range(tiny.VOCAB_SIZE))
             for module in engine.model.modules():
@@ -169,15 +169,15 @@ class TestChoose:
         assert error < 0.01 < 0.03 < without
 
     def test_the_prefix_is_read_once(
-        self, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+        self, engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(sys.modules[TorchEngine.__module__]._PACKED_TOKENS, "cpu", 20)
+        monkeypatch.setitem(sys.modules[TransformersEngine.__module__]._PACKED_TOKENS, "cpu", 20)
         base, read = engine.model.base_model, []
         base.embed_tokens.register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))
         engine.choose(tokens(40), [tokens(10), tokens(10, 1), tokens(9)], self.CHOICES)
         assert sorted(read) == [9, 20, 40]
 
-    def test_no_suffixes(self, engine: TorchEngine) -> None:
+    def test_no_suffixes(self, engine: TransformersEngine) -> None:
         assert engine.choose(tokens(4), [], self.CHOICES).shape == (0, 3)
 
 
@@ -191,26 +191,26 @@ class TestGenerate:
             for _ in range(8):
                 ids = torch.cat([ids, reference(model, ids)[-1].argmax()[None]])
             expected.append(ids[len(prompt) :].tolist())
-        with closing(open_engine("torch", float32_model, "cpu")) as engine:
+        with closing(open_engine("transformers", float32_model, "cpu")) as engine:
             assert engine.generate(prompts, max_tokens=8) == expected
             stop = expected[1][4]
             stopped = engine.generate(prompts, max_tokens=8, stop=[stop])
         assert stopped == [row[: row.index(stop)] if stop in row else row for row in expected]
 
     def test_the_checkpoint_s_own_advice_is_not_taken(
-        self, tiny_llama: Path, engine: TorchEngine, tmp_path: Path
+        self, tiny_llama: Path, engine: TransformersEngine, tmp_path: Path
     ) -> None:
         advised = tiny.build("llama", tmp_path / "advised")
         (advised / "generation_config.json").write_text(
             '{"do_sample": true, "temperature": 9.0, "repetition_penalty": 5.0, "eos_token_id": '
             + f"{list(range(tiny.VOCAB_SIZE))}}}"
         )
-        with closing(open_engine("torch", advised, "cpu")) as other:
+        with closing(open_engine("transformers", advised, "cpu")) as other:
             generated = other.generate([tokens(5)], max_tokens=8)
         assert generated == engine.generate([tokens(5)], max_tokens=8)
         assert len(generated[0]) == 8
 
-    def test_drawn_tokens_are_the_same_in_every_run(self, engine: TorchEngine) -> None:
+    def test_drawn_tokens_are_the_same_in_every_run(self, engine: TransformersEngine) -> None:
         drawn = [engine.generate([tokens(5)], max_tokens=16, temperature=1.5) for _ in range(2)]
         assert drawn[0] == drawn[1] != engine.generate([tokens(5)], max_tokens=16)
 
@@ -316,7 +316,7 @@ class TestVllm:
 
     def test_absent(self, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
         monkeypatch.setitem(sys.modules, "vllm", None)
-        with pytest.raises(OctavoError, match=r"pip install vllm.*--engine torch"):
+        with pytest.raises(OctavoError, match=r"pip install vllm.*--engine transformers"):
             open_engine("vllm", tiny_llama)
 
     def test_a_device_of_one_s_own(self, vllm: Any, tiny_llama: Path) -> None:
@@ -338,10 +338,12 @@ class TestVllm:
         monkeypatch.setattr(FakeLlm, "generate", fail)
         with (
             closing(open_engine("vllm", tiny_llama)) as engine,
-            pytest.raises(OctavoError, match=r"vLLM cannot run .*out of memory.*--engine torch"),
+            pytest.raises(
+                OctavoError, match=r"vLLM cannot run .*out of memory.*--engine transformers"
+            ),
         ):
             engine.generate([[1]], max_tokens=1)
 
 
 def test_every_engine_is_tested_here() -> None:
-    assert set(ENGINES) == {"torch", "vllm"}
+    assert set(ENGINES) == {"transformers", "vllm"}

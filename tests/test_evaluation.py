@@ -624,7 +624,7 @@ class TestEvaluate:
             )
 
     def test_kl_on_an_engine_without_distributions(self, model: Path) -> None:
-        with pytest.raises(OctavoError, match=r"does not give.*--engine torch"):
+        with pytest.raises(OctavoError, match=r"does not give.*--engine transformers"):
             evaluate(model, task="kl", reference=model, data="x.npy", engine="vllm")
 
 

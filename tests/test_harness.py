@@ -78,7 +78,7 @@ def test_requests_are_answered_alike(model: Path) -> None:
     options = {"until": ["c"], "max_gen_toks": 12}
     written = instances("generate_until", *((one, dict(options)) for one in texts))
     hf: Any = HFLM(str(model), dtype="float32", device="cpu", batch_size=1)
-    with closing(open_engine("torch", model, "cpu")) as engine:
+    with closing(open_engine("transformers", model, "cpu")) as engine:
         ours = adapter(engine, model)
         for mine, other in zip(ours.loglikelihood(scored), hf.loglikelihood(scored), strict=True):
             assert mine[0] == pytest.approx(other[0], abs=1e-3)
@@ -97,7 +97,7 @@ def test_requests_are_answered_alike(model: Path) -> None:
 )
 def test_generation_that_cannot_be(options: dict[str, Any], message: str, model: Path) -> None:
     with (
-        closing(open_engine("torch", model, "cpu")) as engine,
+        closing(open_engine("transformers", model, "cpu")) as engine,
         pytest.raises(OctavoError, match=message),
     ):
         adapter(engine, model).generate_until(instances("generate_until", ("a", options)))

@@ -746,20 +746,20 @@ def test_tied_weights_are_the_embedding(editions: Editions, tmp_path: Path) -> N
 
 def test_the_engine_torch(editions: Editions, tmp_path: Path) -> None:
     path = editions.made("modelopt")
-    result = verify(path, reference=editions.source, engine="torch")
+    result = verify(path, reference=editions.source, engine="transformers")
     assert result.findings == ()
     assert result.scores is not None
-    assert (result.scores.engine, result.scores.text) == ("torch", "builtin")
+    assert (result.scores.engine, result.scores.text) == ("transformers", "builtin")
     assert result.scores.tokens == tiny.POSITIONS
     assert result.scores.nll is not None
     assert result.scores.reference_nll is not None
     assert result.scores.nll != result.scores.reference_nll
     assert result.scores.nll == pytest.approx(result.scores.reference_nll, abs=0.15)
     # An untrained model predicts worse than chance, which only the reference can excuse.
-    assert {one.code for one in verify(path, engine="torch").findings} == {"scores-chance"}
+    assert {one.code for one in verify(path, engine="transformers").findings} == {"scores-chance"}
     copy = Copy(path, tmp_path / "refused")
     copy.drop(f"{Q}.weight_scale")
-    refused = verify(copy.save(), engine="torch")
+    refused = verify(copy.save(), engine="transformers")
     assert {one.code for one in refused.findings} == {"weight-scale-missing", "engine-refuses"}
     assert refused.scores is None
 
@@ -767,7 +767,7 @@ def test_the_engine_torch(editions: Editions, tmp_path: Path) -> None:
 def test_the_engine_computes_nan(editions: Editions, tmp_path: Path) -> None:
     copy = Copy(editions.made("modelopt"), tmp_path / "nan")
     spoil_codes(copy)
-    result = verify(copy.save(), engine="torch")
+    result = verify(copy.save(), engine="transformers")
     assert {one.code for one in result.findings} == {"nan-codes", "scores-not-finite"}
 
 
@@ -777,10 +777,10 @@ def test_the_engine_is_off_the_reference(editions: Editions, tmp_path: Path) -> 
     copy.fill(".input_scale", 1e-6)
     path = copy.save()
     assert verify(path, reference=editions.source).findings == ()
-    (finding,) = verify(path, reference=editions.source, engine="torch").findings
+    (finding,) = verify(path, reference=editions.source, engine="transformers").findings
     assert finding.code == "scores-off"
     copy.tensors["lm_head.weight"] *= 4
-    result = verify(copy.save(), reference=editions.source, engine="torch")
+    result = verify(copy.save(), reference=editions.source, engine="transformers")
     assert {one.code for one in result.findings} == {"reference-differs", "scores-wrong"}
 
 

@@ -27,7 +27,7 @@ Rows = list[tuple[str, str]]
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, BF16 or FP8, or a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-EngineName = Annotated[str, typer.Option(help="What runs the model: torch or vllm.")]
+EngineName = Annotated[str, typer.Option(help="What runs the model: transformers or vllm.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 
 
@@ -47,7 +47,7 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(help="kl: the checkpoint the edition was made from.")
     ] = None,
-    engine: EngineName = "torch",
+    engine: EngineName = "transformers",
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
     stride: Annotated[
         int | None,
@@ -103,7 +103,7 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the likeliest token each time.")
     ] = 0.0,
-    engine: EngineName = "torch",
+    engine: EngineName = "transformers",
     device: Device = "auto",
 ) -> None:
     """Continue a text."""

@@ -81,7 +81,7 @@ def verify(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="torch or vllm: loads the checkpoint there and scores a text."),
+        typer.Option(help="transformers or vllm: loads the checkpoint there and scores a text."),
     ] = None,
     config: Config = None,
     as_json: Json = False,

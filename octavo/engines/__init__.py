@@ -13,7 +13,7 @@ from octavo.engines.engine import Engine, TokenIds, TokenScores
 from octavo.errors import OctavoError
 
 ENGINES = {
-    "torch": "octavo.engines.torch",
+    "transformers": "octavo.engines.transformers",
     "vllm": "octavo.engines.vllm",
 }
 
@@ -29,7 +29,7 @@ def check_engine(name: str) -> None:
     if name == "vllm" and find_spec("vllm") is None:
         raise OctavoError(
             "The engine vllm is not installed. Install it with `pip install vllm`, or use the engine "
-            "torch (--engine torch), which needs nothing more."
+            "transformers (--engine transformers), which needs nothing more."
         )
 
 

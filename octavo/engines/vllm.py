@@ -52,7 +52,7 @@ def start(model: Path, device: str, **options: Any) -> VllmEngine:
     except ImportError as error:
         raise OctavoError(
             f"The engine vllm cannot be loaded: {one_line(error)}. Repair its installation, or use the "
-            "engine torch (--engine torch), which needs nothing more."
+            "engine transformers (--engine transformers), which needs nothing more."
         ) from error
     try:
         llm = vllm.LLM(
@@ -66,7 +66,7 @@ def start(model: Path, device: str, **options: Any) -> VllmEngine:
         )
     except Exception as error:  # it raises many kinds
         raise OctavoError(
-            f"vLLM cannot load {model}: {one_line(error)}. Try the engine torch (--engine torch)."
+            f"vLLM cannot load {model}: {one_line(error)}. Try another (--engine transformers)."
         ) from error
     return VllmEngine(llm, vllm.SamplingParams, model)
 
@@ -159,8 +159,8 @@ class VllmEngine:
             outputs: list[Any] = self._llm.generate(inputs, params, use_tqdm=False)
         except Exception as error:  # as in `start`
             raise OctavoError(
-                f"vLLM cannot run {self._model}: {one_line(error)}. Try the engine torch "
-                "(--engine torch)."
+                f"vLLM cannot run {self._model}: {one_line(error)}. Try another "
+                "(--engine transformers)."
             ) from error
         return outputs
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from octavo.checkpoint.hub import resolve_model
 from octavo.engines import Engine, open_engine
-from octavo.engines.torch import TorchEngine, start
+from octavo.engines.transformers import TransformersEngine, start
 from octavo.errors import OctavoError
 from octavo.evaluation.divergence import DivergenceResult, divergence
 from octavo.evaluation.harness import check_installed, run_tasks
@@ -72,7 +72,7 @@ def evaluate(
     task: str,
     data: str | Path | None = None,
     reference: str | Path | None = None,
-    engine: str = "torch",
+    engine: str = "transformers",
     seq_len: int = 2048,
     stride: int | None = None,
     limit: int | None = None,
@@ -92,7 +92,7 @@ def evaluate(
             ``mmlu`` a directory, see :func:`octavo.evaluation.load_subjects`; for ``lm-eval``
             nothing, or a directory with tasks of one's own.
         reference: for ``kl``, the checkpoint that ``model`` was made from.
-        engine: a key of :data:`octavo.engines.ENGINES`; ``kl`` needs ``torch``.
+        engine: a key of :data:`octavo.engines.ENGINES`; ``kl`` needs one that gives whole distributions.
         seq_len: tokens in a window (``perplexity``, ``kl``).
         stride: tokens from one window to the next (``perplexity``); ``seq_len`` by default.
         limit: windows; questions of each subject; documents of each lm-eval task.
@@ -150,10 +150,10 @@ def _perplexity(job: _Job) -> PerplexityResult:
 def _divergence(job: _Job) -> DivergenceResult:
     if job.reference is None:
         raise OctavoError("The task kl compares two models: pass the other one as --reference.")
-    if job.engine != TorchEngine.name:
+    if job.engine != TransformersEngine.name:
         raise OctavoError(
             f"The task kl needs whole distributions, which the engine {job.engine} does not give. "
-            "Use --engine torch."
+            "Use --engine transformers."
         )
     tokens = load_tokens(_needed(job, "FILE or wikitext2"), job.reference)
     with (

@@ -87,7 +87,7 @@ def run_engine(
         return ran._replace(refusal=str(error))
     expected = None
     if reference is not None:
-        with closing(open_engine("torch", resolve_model(reference))) as engine:
+        with closing(open_engine("transformers", resolve_model(reference))) as engine:
             expected = _mean_nll(engine, tokens)
     scores = Scores(name, text, len(tokens) - 1, nll, expected, chance)
     return ran._replace(scores=scores, loaded=loaded)

@@ -27,7 +27,7 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def engine(sample: Path) -> Iterator[Engine]:
-    with closing(open_engine("torch", sample)) as opened:
+    with closing(open_engine("transformers", sample)) as opened:
         yield opened
 
 

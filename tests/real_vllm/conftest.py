@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo import Calibration, fp8, linear, load, quantize
 from octavo.engines import Engine, open_engine
 from octavo.engines.engine import TokenIds, TokenScores
-from octavo.engines.torch import TorchEngine
+from octavo.engines.transformers import TransformersEngine
 from octavo.evaluation import load_tokens
 from octavo.evaluation.perplexity import perplexity
 from octavo.loading import Fp8KeyValueCache
@@ -52,7 +52,7 @@ def cut_off_both(cache: Fp8KeyValueCache, key: Tensor, value: Tensor) -> tuple[T
     return cut_off(key, cache.k_scale).to(key), cut_off(value, cache.v_scale).to(value)
 
 
-class StepEngine(TorchEngine):
+class StepEngine(TransformersEngine):
     """Octavo's engine, reading what vLLM does in a step of one window: its last token too, which is only
     predicted, but has a part in the scales of the step."""
 
@@ -140,7 +140,7 @@ def expected(editions: Editions, tokens: Tensor) -> Expected:
         if sharing == "step":
             return cost_of_steps(edition, tokens)
         with (
-            closing(open_engine("torch", edition, "cpu")) as engine,
+            closing(open_engine("transformers", edition, "cpu")) as engine,
             pytest.MonkeyPatch.context() as patch,
         ):
             patch.setattr(Fp8KeyValueCache, "forward", cut_off_both)

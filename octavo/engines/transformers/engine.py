@@ -1,4 +1,4 @@
-"""The engine on PyTorch: whole windows through the model, logits a slice at a time."""
+"""The engine on a ``transformers`` model: whole windows through the model, logits a slice at a time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from octavo import kernels
 from octavo.engines.engine import TokenIds, TokenScores
-from octavo.engines.torch.batches import packed, pad_left, padded
-from octavo.engines.torch.fusing import fused
-from octavo.engines.torch.prefix import ATTENTION, Packed, Prefix, last_states
+from octavo.engines.transformers.batches import packed, pad_left, padded
+from octavo.engines.transformers.fusing import fused
+from octavo.engines.transformers.prefix import ATTENTION, Packed, Prefix, last_states
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,7 +36,7 @@ _PADDED_TOKENS = {"cpu": 8192, "cuda": 131072}
 _MOST_WORKERS = 8
 
 
-class TorchEngine:
+class TransformersEngine:
     """The engine interface on a ``transformers`` causal language model.
 
     On a CPU each core works on a sequence of its own: no operation waits for another thread, and
@@ -44,7 +44,7 @@ class TorchEngine:
     sequence or batch after another.
     """
 
-    name = "torch"
+    name = "transformers"
 
     def __init__(self, model: PreTrainedModel) -> None:
         """
