@@ -17,103 +17,43 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from torch import Tensor
 
-_JIT: dict[str, Any] = {
-    "nogil": True,
-    "cache": True,
-    "error_model": "numpy",
-    # Sums may be reordered and products fused, as any vectorized kernel does; NaN and infinity
-    # keep their meaning.
-    "fastmath": {"reassoc", "contract"},
-}
+from octavo.bits import JIT, bits_of, code_of, exp, float_of, nearest_e4m3, to_bf16, widen
 
 
-def _bits_codegen(_: Any, value: Any) -> Any:
-    """The bits of a float32 as uint32."""
-    signature = types.uint32(types.float32)
-    return signature, lambda _c, builder, _s, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-def _float_codegen(_: Any, value: Any) -> Any:
-    """The float32 whose bits a uint32 holds."""
-    signature = types.float32(types.uint32)
-    return signature, lambda _c, builder, _s, args: builder.bitcast(args[0], ir.FloatType())
-
-
-_bits: Any = intrinsic(_bits_codegen)
-_float: Any = intrinsic(_float_codegen)
-
-
-@njit(inline="always")
-def _widen(bits: Any) -> Any:
-    """BF16 bits to float32."""
-    return _float(np.uint32(bits) << np.uint32(16))
-
-
-@njit(inline="always")
-def _round(value: Any) -> Any:
-    """Float32 to BF16 bits, to nearest even. NaN stays NaN: its quiet bit is in the upper half."""
-    bits = _bits(value)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-
-@njit(inline="always")
-def _exp(x: Any) -> Any:
-    """e^x in float32 within 2 units in the last place, for a loop the compiler can vectorize.
-
-    Range reduction to [-ln 2 / 2, ln 2 / 2] and the Taylor polynomial of degree 6.
-    """
-    # Within these bounds the exponent field below neither under- nor overflows.
-    y = min(max(x, np.float32(-87.0)), np.float32(88.722))
-    n = np.floor(y * np.float32(1.4426950408889634) + np.float32(0.5))
-    r = y - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1 / 720)
-    p = p * r + np.float32(1 / 120)
-    p = p * r + np.float32(1 / 24)
-    p = p * r + np.float32(1 / 6)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    p = p * r + np.float32(1.0)
-    result = _float(np.uint32(np.int32(_bits(p)) + (np.int32(n) << np.int32(23))))
-    return result if x <= np.float32(88.722) else np.float32(np.inf)
-
-
-@njit(**_JIT)
+@njit(**JIT)
 def _rms_norm(x: Any, weight: Any, out: Any, eps: Any) -> Any:
     rows, width = x.shape
     largest = np.uint16(0)
     for row in range(rows):
         total = np.float32(0)
         for i in range(width):
-            value = _widen(x[row, i])
+            value = widen(x[row, i])
             total += value * value
         inverse = np.float32(1) / np.float32(math.sqrt(total / np.float32(width) + eps))
         for i in range(width):
-            normal = _widen(_round(_widen(x[row, i]) * inverse))
-            result = _round(normal * _widen(weight[i]))
+            normal = widen(to_bf16(widen(x[row, i]) * inverse))
+            result = to_bf16(normal * widen(weight[i]))
             out[row, i] = result
             largest = max(largest, np.uint16(result & np.uint16(0x7FFF)))
     return largest
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _silu_mul(gate: Any, up: Any) -> Any:
     largest = np.uint16(0)
     for i in range(gate.shape[0]):
-        value = _widen(gate[i])
-        activated = _widen(_round(value / (np.float32(1) + _exp(-value))))
-        result = _round(activated * _widen(up[i]))
+        value = widen(gate[i])
+        activated = widen(to_bf16(value / (np.float32(1) + exp(-value))))
+        result = to_bf16(activated * widen(up[i]))
         gate[i] = result
         largest = max(largest, np.uint16(result & np.uint16(0x7FFF)))
     return largest
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _rotary(x: Any, cos: Any, sin: Any) -> Any:
     batch, tokens, heads, width = x.shape
     half = width // 2
@@ -122,13 +62,13 @@ def _rotary(x: Any, cos: Any, sin: Any) -> Any:
         for token in range(tokens):
             for head in range(heads):
                 for i in range(half):
-                    low = _widen(x[sample, token, head, i])
-                    high = _widen(x[sample, token, head, i + half])
-                    a = _widen(_round(low * _widen(cos[token, i])))
-                    b = _widen(_round(-high * _widen(sin[token, i])))
-                    c = _widen(_round(high * _widen(cos[token, i + half])))
-                    d = _widen(_round(low * _widen(sin[token, i + half])))
-                    first, second = _round(a + b), _round(c + d)
+                    low = widen(x[sample, token, head, i])
+                    high = widen(x[sample, token, head, i + half])
+                    a = widen(to_bf16(low * widen(cos[token, i])))
+                    b = widen(to_bf16(-high * widen(sin[token, i])))
+                    c = widen(to_bf16(high * widen(cos[token, i + half])))
+                    d = widen(to_bf16(low * widen(sin[token, i + half])))
+                    first, second = to_bf16(a + b), to_bf16(c + d)
                     x[sample, token, head, i] = first
                     x[sample, token, head, i + half] = second
                     largest = max(largest, np.uint16(first & np.uint16(0x7FFF)))
@@ -136,7 +76,7 @@ def _rotary(x: Any, cos: Any, sin: Any) -> Any:
     return largest
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _largest(x: Any) -> Any:
     largest = np.uint16(0)
     for i in range(x.shape[0]):
@@ -144,13 +84,13 @@ def _largest(x: Any) -> Any:
     return largest
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _count_magnitudes(x: Any, counts: Any) -> None:
     for i in range(x.shape[0]):
         counts[x[i] & np.uint16(0x7FFF)] += 1
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _largest_of_tiles(x: Any, tile_rows: Any, tile_columns: Any, out: Any) -> None:
     for row in range(x.shape[0]):
         for start in range(0, x.shape[1], tile_columns):
@@ -161,7 +101,7 @@ def _largest_of_tiles(x: Any, tile_rows: Any, tile_columns: Any, out: Any) -> No
             out[row // tile_rows, start // tile_columns] = largest
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _score(logits: Any, targets: Any, logprobs: Any, greedy: Any) -> None:
     for row in range(logits.shape[0]):
         values = logits[row]
@@ -171,43 +111,16 @@ def _score(logits: Any, targets: Any, logprobs: Any, greedy: Any) -> None:
             bits = np.int16(values[i])
             top = max(top, np.int16(bits ^ ((bits >> np.int16(15)) & np.int16(0x7FFF))))
         top = np.int16(top ^ ((top >> np.int16(15)) & np.int16(0x7FFF)))
-        largest = _widen(np.uint16(top))
+        largest = widen(np.uint16(top))
         total = np.float32(0)
         for i in range(values.shape[0]):
-            total += _exp(_widen(values[i]) - largest)
-        chosen = _widen(values[targets[row]])
+            total += exp(widen(values[i]) - largest)
+        chosen = widen(values[targets[row]])
         logprobs[row] = chosen - largest - np.float32(math.log(total))
         greedy[row] = chosen >= largest
 
 
-@njit(inline="always")
-def _nearest_e4m3(value: Any) -> Any:
-    """The E4M3 number nearest to a float32, to even, saturated at ±448; NaN becomes ±448."""
-    bits = _bits(value)
-    sign = np.uint32(bits & np.uint32(0x80000000))
-    # The bits of 448.
-    magnitude = np.uint32(min(np.uint32(bits & np.uint32(0x7FFFFFFF)), np.uint32(0x43E00000)))
-    # Normal numbers keep 3 of 23 mantissa bits; below 2^-6 the unit is 2^-9.
-    odd = (magnitude >> np.uint32(20)) & np.uint32(1)
-    normal = np.uint32((magnitude + np.uint32(0x7FFFF) + odd) & np.uint32(0xFFF00000))
-    subnormal = _bits(np.float32(np.rint(_float(magnitude) * np.float32(512)) * np.float32(2**-9)))
-    return _float(sign | (normal if magnitude >= np.uint32(0x3C800000) else subnormal))
-
-
-@njit(inline="always")
-def _code_of(nearest: Any) -> Any:
-    """The E4M3 code of a float32 that is an E4M3 number."""
-    bits = _bits(nearest)
-    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    # Of the 8 exponent and 23 mantissa bits E4M3 has the low 4, less the bias, and the top 3; a subnormal
-    # number is a count of units of 2^-9.
-    normal = np.uint32((magnitude >> np.uint32(20)) - np.uint32(960))
-    subnormal = np.uint32(np.int32(_float(magnitude) * np.float32(512)))
-    code = normal if magnitude >= np.uint32(0x3C800000) else subnormal
-    return np.uint8(((bits >> np.uint32(24)) & np.uint32(0x80)) | code)
-
-
-@njit(**_JIT)
+@njit(**JIT)
 def _to_e4m3(x: Any, scales: Any, tile_rows: Any, tile_columns: Any, codes: Any) -> Any:
     noise, signal, underflows = np.float64(0), np.float64(0), np.int64(0)
     # In runs: the sums of one are precise enough in float32, and those of all are in float64.
@@ -218,9 +131,9 @@ def _to_e4m3(x: Any, scales: Any, tile_rows: Any, tile_columns: Any, codes: Any)
             run_noise, run_signal, lost = np.float32(0), np.float32(0), np.float32(0)
             run, target = x[row, start : start + step], codes[row, start : start + step]
             for i in range(run.shape[0]):
-                value = _widen(run[i]) / scale
-                nearest = _nearest_e4m3(value)
-                target[i] = _code_of(nearest)
+                value = widen(run[i]) / scale
+                nearest = nearest_e4m3(value)
+                target[i] = code_of(nearest)
                 run_noise += (nearest - value) * (nearest - value)
                 run_signal += value * value
                 zeroed = nearest == np.float32(0) and value != np.float32(0)
@@ -232,22 +145,22 @@ def _to_e4m3(x: Any, scales: Any, tile_rows: Any, tile_columns: Any, codes: Any)
     return noise, signal, underflows
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _round_with_feedback(weight: Any, factor: Any, scales: Any, codes: Any, errors: Any) -> None:
     width = factor.shape[0]
     for row in range(weight.shape[0]):
         values = weight[row]
         for i in range(width):
             scale = scales[row, i]
-            nearest = _nearest_e4m3(values[i] / scale)
-            codes[row, i] = _code_of(nearest)
+            nearest = nearest_e4m3(values[i] / scale)
+            codes[row, i] = code_of(nearest)
             error = (values[i] - nearest * scale) / factor[i, i]
             errors[row, i] = error
             for j in range(i + 1, width):
                 values[j] -= error * factor[i, j]
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _descend(
     weight: Any, moments: Any, scales: Any, slopes: Any, moved: Any, codes: Any, changes: Any
 ) -> None:
@@ -257,31 +170,31 @@ def _descend(
         for i in range(width):
             scale, curvature = scales[row, i], moments[i, i]
             now = weight[row, i] + moved[row, i]
-            nearest = _nearest_e4m3((now - slope[i] / curvature) / scale)
+            nearest = nearest_e4m3((now - slope[i] / curvature) / scale)
             step = nearest * scale - now
             change = step * (np.float32(2) * slope[i] + curvature * step)
             if change < np.float32(0):
                 changes[row] += change
                 moved[row, i] += step
-                codes[row, i] = _code_of(nearest)
+                codes[row, i] = code_of(nearest)
                 for j in range(i + 1, width):
                     slope[j] += step * moments[i, j]
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _round_to_e4m3(x: Any, scale: Any, out: Any) -> Any:
     for i in range(x.shape[0]):
         # Exact: an E4M3 number has fewer bits than a BF16 one.
-        out[i] = np.uint16(_bits(_nearest_e4m3(_widen(x[i]) / scale)) >> np.uint32(16))
+        out[i] = np.uint16(bits_of(nearest_e4m3(widen(x[i]) / scale)) >> np.uint32(16))
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _through_e4m3(x: Any, scale: Any, out: Any) -> Any:
     for i in range(x.shape[0]):
-        out[i] = _round(_nearest_e4m3(_widen(x[i]) / scale) * scale)
+        out[i] = to_bf16(nearest_e4m3(widen(x[i]) / scale) * scale)
 
 
-@njit(**_JIT)
+@njit(**JIT)
 def _from_e4m3(codes: Any, out: Any) -> Any:
     for i in range(codes.shape[0]):
         code = np.uint32(codes[i])
@@ -291,7 +204,7 @@ def _from_e4m3(codes: Any, out: Any) -> Any:
         normal = np.uint32((magnitude << np.uint32(20)) + np.uint32(120 << 23))
         # Below 2^-6: mantissa bits behind a leading one, which is taken away again.
         shifted = np.uint32((magnitude << np.uint32(20)) | np.uint32(0x3C800000))
-        subnormal = _bits(_float(shifted) - np.float32(2**-6))
+        subnormal = bits_of(float_of(shifted) - np.float32(2**-6))
         bits = normal if magnitude >= np.uint32(8) else subnormal
         bits = bits if magnitude < np.uint32(0x7F) else np.uint32(0x7FC00000)
         out[i] = np.uint16((sign | bits) >> np.uint32(16))

@@ -138,8 +138,7 @@ def load(
     checkpoint = Checkpoint(resolve_model(model))
     try:
         edition = Edition(checkpoint)
-        _, built = build_skeleton(edition)
-        _quantize_modules(built, edition)
+        built = fp8_skeleton(edition)
         _fill(built, edition, pick_device(device))
     finally:
         checkpoint.close()
@@ -149,6 +148,21 @@ def load(
             checkpoint.directory, local_files_only=True
         )
     return built, find_tokenizer(checkpoint.directory)
+
+
+def fp8_skeleton(edition: Edition) -> PreTrainedModel:
+    """An edition's model on the meta device, FP8 modules in place, each tensor of it found in the files in its shape.
+
+    Raises:
+        OctavoError: not a model Octavo can compute with; names the file and the tensor.
+    """
+    _, model = build_skeleton(edition)
+    _quantize_modules(model, edition)
+    state = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
+    scales = {name: tensor for name, tensor in state.items() if name.endswith("_scale")}
+    check_tensors(edition, model, {name: state[name] for name in state if name not in scales})
+    _check_scales(edition, scales)
+    return model
 
 
 def _quantize_modules(model: PreTrainedModel, edition: Edition) -> None:
@@ -181,19 +195,15 @@ def _round_what_is_cached(
 
 
 def _fill(model: PreTrainedModel, edition: Edition, device: torch.device) -> None:
-    """Check every tensor, then read each to where it stays."""
-    state = {_canonical(name): tensor for name, tensor in model.state_dict().items()}
-    scales = {name: tensor for name, tensor in state.items() if name.endswith("_scale")}
-    check_tensors(edition, model, {name: state[name] for name in state if name not in scales})
-    _check_scales(edition, scales)
+    """Read every tensor to where it stays."""
     dtype = edition[_embedding(model)].dtype
     model.config.dtype = dtype
     for name in model.state_dict():
-        canonical = _canonical(name)
+        canonical = canonical_name(name)
         if canonical not in edition:
             continue
         tensor = edition.read(canonical)
-        if canonical in scales or tensor.dtype == fp8.E4M3:
+        if name.endswith("_scale") or tensor.dtype == fp8.E4M3:
             _assign(model, name, tensor.to(device))
         else:
             _assign(model, name, tensor.to(device, dtype))
@@ -220,7 +230,7 @@ def _check_scales(edition: Edition, scales: dict[str, Tensor]) -> None:
             )
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """A tensor of the model under its canonical name: the cache's scales belong to the block."""
     return name.replace(".kv_cache.", ".")
 

@@ -236,7 +236,7 @@ class TestBatches:
 
 
 def test_an_unknown_engine(tiny_llama: Path) -> None:
-    with pytest.raises(OctavoError, match=r"Unknown engine 'onnx'.*torch, vllm"):
+    with pytest.raises(OctavoError, match=r"Unknown engine 'onnx'.*transformers, torch, vllm"):
         open_engine("onnx", tiny_llama)
 
 
@@ -346,4 +346,4 @@ class TestVllm:
 
 
 def test_every_engine_is_tested_here() -> None:
-    assert set(ENGINES) == {"transformers", "vllm"}
+    assert set(ENGINES) == {"transformers", "torch", "vllm"}

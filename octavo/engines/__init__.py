@@ -9,11 +9,12 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from octavo.engines.engine import Engine, TokenIds, TokenScores
+from octavo.engines.engine import DistributionEngine, Engine, TokenIds, TokenScores
 from octavo.errors import OctavoError
 
 ENGINES = {
     "transformers": "octavo.engines.transformers",
+    "torch": "octavo.engines.torch",
     "vllm": "octavo.engines.vllm",
 }
 
@@ -49,4 +50,12 @@ def open_engine(name: str, model: Path, device: str = "auto") -> Engine:
     return engine
 
 
-__all__ = ["ENGINES", "Engine", "TokenIds", "TokenScores", "check_engine", "open_engine"]
+__all__ = [
+    "ENGINES",
+    "DistributionEngine",
+    "Engine",
+    "TokenIds",
+    "TokenScores",
+    "check_engine",
+    "open_engine",
+]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 # One sequence of token ids; a tensor is int64 and one-dimensional.
 TokenIds: TypeAlias = Sequence[int] | Tensor
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class TokenScores(NamedTuple):
@@ -92,4 +96,28 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds."""
+        ...
+
+
+@runtime_checkable
+class DistributionEngine(Engine, Protocol):
+    """An engine that gives whole distributions over the vocabulary."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """The context in which :meth:`hidden` and :meth:`logits` may be called."""
+        ...
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """``function(item)`` for each item, in order, on as many items at a time as the engine likes.
+
+        Items are taken and results made as they are asked for. ``function`` runs in that context.
+        """
+        ...
+
+    def hidden(self, tokens: TokenIds) -> Tensor:
+        """The last hidden states ``[tokens, hidden_size]`` of one sequence, in the model's dtype."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits of hidden states ``[n, hidden_size]`` in the model's dtype, a slice of them at a time."""
         ...

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.calibration.tokens import check_vocabulary
-from octavo.engines.transformers import TransformersEngine
+from octavo.engines import DistributionEngine
 from octavo.errors import OctavoError
 from octavo.evaluation.estimate import cluster_mean, exponential
 from octavo.evaluation.journal import Journal
@@ -81,8 +81,8 @@ class DivergenceResult(NamedTuple):
 
 
 def divergence(
-    model: TransformersEngine,
-    reference: TransformersEngine,
+    model: DistributionEngine,
+    reference: DistributionEngine,
     tokens: Tensor,
     *,
     seq_len: int = 2048,
@@ -140,7 +140,7 @@ def divergence(
 
 
 def _compare(
-    model: TransformersEngine, reference: TransformersEngine, tokens: Tensor, begin: int
+    model: DistributionEngine, reference: DistributionEngine, tokens: Tensor, begin: int
 ) -> dict[str, Any]:
     """One window's record: its tokens' KL (float32, base64), and three sums."""
     kl, agreed, nll = [], 0, torch.zeros(2, dtype=torch.float64)

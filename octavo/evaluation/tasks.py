@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from octavo.checkpoint.hub import resolve_model
-from octavo.engines import Engine, open_engine
-from octavo.engines.transformers import TransformersEngine, start
+from octavo.engines import DistributionEngine, Engine, check_engine, open_engine
 from octavo.errors import OctavoError
 from octavo.evaluation.divergence import DivergenceResult, divergence
 from octavo.evaluation.harness import check_installed, run_tasks
@@ -150,16 +149,11 @@ def _perplexity(job: _Job) -> PerplexityResult:
 def _divergence(job: _Job) -> DivergenceResult:
     if job.reference is None:
         raise OctavoError("The task kl compares two models: pass the other one as --reference.")
-    if job.engine != TransformersEngine.name:
-        raise OctavoError(
-            f"The task kl needs whole distributions, which the engine {job.engine} does not give. "
-            "Use --engine transformers."
-        )
     tokens = load_tokens(_needed(job, "FILE or wikitext2"), job.reference)
     with (
         job.journal(tokens.numpy().data, "seq_len") as journal,
-        closing(start(job.model, job.device)) as model,
-        closing(start(job.reference, job.device)) as reference,
+        closing(_open_whole(job, job.model)) as model,
+        closing(_open_whole(job, job.reference)) as reference,
     ):
         return divergence(
             model,
@@ -170,6 +164,19 @@ def _divergence(job: _Job) -> DivergenceResult:
             on_progress=job.on_progress,
             journal=journal,
         )
+
+
+def _open_whole(job: _Job, model: Path) -> DistributionEngine:
+    """An engine that gives whole distributions."""
+    check_engine(job.engine)
+    if job.engine == "vllm":
+        raise OctavoError(
+            f"The task kl needs whole distributions, which the engine {job.engine} does not give. "
+            "Use --engine transformers."
+        )
+    engine = open_engine(job.engine, model, job.device)
+    assert isinstance(engine, DistributionEngine)
+    return engine
 
 
 def _mmlu(job: _Job) -> MmluResult:

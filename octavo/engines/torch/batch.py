@@ -6,7 +6,7 @@ token ``p`` of sequence ``s`` is at ``p % BLOCK`` of block ``tables[s, p // BLOC
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -33,15 +33,17 @@ class Batch(NamedTuple):
 
 
 class Cache(Protocol):
-    """Keys and values of all layers, in blocks.
+    """Keys and values of all layers, in blocks; a model takes those it made."""
 
-    Attributes:
-        blocks: how many there are.
-        nbytes: of all of them.
-    """
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        ...
 
-    blocks: int
-    nbytes: int
+    @property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        ...
 
 
 class Model(Protocol):
@@ -59,7 +61,7 @@ class Model(Protocol):
         """An empty cache for ``blocks * BLOCK`` tokens."""
         ...
 
-    def forward(self, batch: Batch, cache: Cache) -> Tensor:
+    def forward(self, batch: Batch, cache: Any) -> Tensor:
         """Compute tokens and put their keys and values into the cache.
 
         Returns:

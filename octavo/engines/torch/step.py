@@ -1,0 +1,477 @@
+"""A few tokens through all decoder layers, in one compiled function that every core runs on its share.
+
+For few tokens the time goes into reading weights, and each is read once: cores take rows of every linear layer, heads of
+attention, or tokens of what lies between, and wait for each other where one needs what the others made. Numbers are
+rounded to BF16 where ``transformers`` rounds them; sums are in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from octavo.bits import JIT, code_of, exp, nearest_e4m3, to_bf16, widen
+from octavo.engines.torch.batch import BLOCK
+from octavo.engines.torch.vectors import E4M3_UNIT, STRIP, decoded, multiply, store, wait
+from octavo.engines.torch.weights import (
+    AS_IT_IS,
+    BY_GROUP,
+    DOWN,
+    GATE_UP,
+    OUT,
+    QKV,
+    STATIC,
+    Array,
+    Shape,
+)
+from octavo.scheme import BLOCK as GROUP
+
+_E4M3_MAX = 448.0
+# Numba takes these as constants.
+_Q, _OUT, _GATE, _DOWN, _END = QKV[0], OUT[0], GATE_UP[0], DOWN[0], DOWN[1]
+
+
+class Work(NamedTuple):
+    """Memory for some tokens on their way; BF16 is uint16.
+
+    Attributes:
+        hidden: BF16 ``[tokens, hidden]``, the residual stream.
+        normed: BF16 ``[tokens, hidden]``.
+        inputs: float32 ``[places, tokens, widest]``: rounded inputs of linear layers.
+        factors: float32 ``[places, tokens]``: what their products are multiplied by.
+        projected: BF16 ``[tokens, heads + 2 kv_heads, head_dim]``: queries, keys and values.
+        attended: BF16 ``[tokens, heads * head_dim]``.
+        gated: BF16 ``[tokens, inner]``, the MLP's gates.
+        activated: BF16 ``[tokens, inner]``.
+        sums: float32 ``[threads, STRIP, tokens]``: of a strip of a linear layer.
+        parts: float32 ``[threads, 2 * STRIP]``.
+        queries: float32 ``[threads, heads of a group, head_dim]``.
+        values: float32 ``[threads, heads of a group + 1, head_dim]``.
+        scores: float32 ``[threads, longest, heads of a group]``.
+    """
+
+    hidden: Array
+    normed: Array
+    inputs: Array
+    factors: Array
+    projected: Array
+    attended: Array
+    gated: Array
+    activated: Array
+    sums: Array
+    parts: Array
+    queries: Array
+    values: Array
+    scores: Array
+
+    @classmethod
+    def new(cls, shape: Shape, tokens: int, threads: int, longest: int) -> Work:
+        """For ``tokens`` tokens of sequences of up to ``longest`` tokens."""
+        widest = max(shape.hidden, shape.inner, shape.heads * shape.head_dim)
+        widest += -widest % (2 * STRIP)
+        heads, group = shape.heads + 2 * shape.kv_heads, shape.heads // shape.kv_heads
+
+        def bf16(*sizes: int) -> Array:
+            return np.zeros(sizes, np.uint16)
+
+        def float32(*sizes: int) -> Array:
+            return np.zeros(sizes, np.float32)
+
+        return cls(
+            hidden=bf16(tokens, shape.hidden),
+            normed=bf16(tokens, shape.hidden),
+            inputs=float32(3, tokens, widest),
+            factors=float32(3, tokens),
+            projected=bf16(tokens, heads, shape.head_dim),
+            attended=bf16(tokens, shape.heads * shape.head_dim),
+            gated=bf16(tokens, shape.inner),
+            activated=bf16(tokens, shape.inner),
+            sums=float32(threads, STRIP, tokens),
+            parts=float32(threads, 2 * STRIP),
+            queries=float32(threads, group, shape.head_dim),
+            values=float32(threads, group + 1, shape.head_dim),
+            scores=float32(threads, longest, group),
+        )
+
+
+@njit(**JIT)
+def normalize(x: Any, weight: Any, eps: Any, out: Any) -> None:
+    """RMSNorm of a row of BF16."""
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        value = widen(x[i])
+        total += value * value
+    inverse = np.float32(1) / np.float32(math.sqrt(total / np.float32(x.shape[0]) + eps))
+    for i in range(x.shape[0]):
+        out[i] = to_bf16(widen(to_bf16(widen(x[i]) * inverse)) * widen(weight[i]))
+
+
+@njit(**JIT)
+def _largest(x: Any) -> Any:
+    largest = np.uint16(0)
+    for i in range(x.shape[0]):
+        largest = max(largest, np.uint16(x[i] & np.uint16(0x7FFF)))
+    return widen(largest)
+
+
+@njit(**JIT)
+def _scale_of(amax: Any) -> Any:
+    return amax / np.float32(_E4M3_MAX) if amax > np.float32(0) else np.float32(1)
+
+
+@njit(**JIT)
+def round_input(linear: Any, x: Any, out: Any) -> Any:
+    """A row of BF16 as a linear layer sees it, in float32.
+
+    Returns:
+        What the layer's products with it are multiplied by.
+    """
+    if linear.inputs == AS_IT_IS:
+        for i in range(x.shape[0]):
+            out[i] = widen(x[i])
+        return np.float32(1)
+    if linear.inputs == BY_GROUP:
+        for begin in range(0, x.shape[0], GROUP):
+            group, target = x[begin : begin + GROUP], out[begin : begin + GROUP]
+            scale = _scale_of(_largest(group))
+            for i in range(group.shape[0]):
+                target[i] = nearest_e4m3(widen(group[i]) / scale) * scale
+        return np.float32(1)
+    scale = linear.input_scale if linear.inputs == STATIC else _scale_of(_largest(x))
+    for i in range(x.shape[0]):
+        out[i] = nearest_e4m3(widen(x[i]) / scale)
+    return scale
+
+
+@njit(**JIT)
+def _round_inputs(linears: Any, first: Any, last: Any, token: Any, x: Any, work: Any) -> None:
+    """The row of a token for linear layers ``first`` to ``last``, once for those that see the same."""
+    for index in range(first, last):
+        if linears[index].place == index - first:
+            place = index - first
+            factor = round_input(linears[index], x, work.inputs[place, token])
+            work.factors[place, token] = factor
+
+
+class Operands(NamedTuple):
+    """Where a thread's products take things from and put them: addresses, and bytes from row to row."""
+
+    arena: int
+    scales: int
+    inputs: int
+    inputs_stride: int
+    place_stride: int
+    parts: int
+    sums: int
+    sums_stride: int
+
+
+@njit(**JIT)
+def _operands(weights: Any, work: Any, thread: Any) -> Any:
+    return Operands(
+        weights.arena.ctypes.data,
+        weights.scales.ctypes.data,
+        work.inputs.ctypes.data,
+        work.inputs.strides[1],
+        work.inputs.strides[0],
+        work.parts.ctypes.data + thread * work.parts.strides[0],
+        work.sums.ctypes.data + thread * work.sums.strides[0],
+        work.sums.strides[1],
+    )
+
+
+@njit(**JIT)
+def _strip(linear: Any, row: Any, at: Any, tokens: Any) -> None:
+    """The sums of rows of a linear layer from ``row`` on for all tokens, without inputs' factors and bias."""
+    for i in range(STRIP):
+        for token in range(tokens):
+            store(at.sums + i * at.sums_stride + token * 4, np.float32(0))
+    blocks = (linear.columns + linear.width - 1) // linear.width
+    stride = linear.columns * linear.nbytes
+    for block in range(blocks):
+        begin = block * linear.width
+        multiply(
+            at.arena + linear.weight + row * stride + begin * linear.nbytes,
+            stride,
+            linear.nbytes,
+            min(linear.width, linear.columns - begin),
+            at.scales + (linear.scales + row * blocks + block) * 4,
+            blocks * 4,
+            at.inputs + linear.place * at.place_stride + begin * 4,
+            at.inputs_stride,
+            tokens,
+            at.parts,
+            at.sums,
+            at.sums_stride,
+        )
+
+
+@njit(**JIT)
+def _share(rows: Any, thread: Any, threads: Any) -> Any:
+    """A thread's rows: where they begin and end, by strips."""
+    strips = rows // STRIP
+    return strips * thread // threads * STRIP, strips * (thread + 1) // threads * STRIP
+
+
+@njit(**JIT)
+def multiply_rows(
+    linear: Any,
+    weights: Any,
+    work: Any,
+    tokens: Any,
+    thread: Any,
+    threads: Any,
+    out: Any,
+    base: Any,
+) -> None:
+    """A thread's outputs of a linear layer for all tokens, BF16, from column ``base`` of ``out`` on."""
+    begin, end = _share(linear.rows, thread, threads)
+    at, sums = _operands(weights, work, thread), work.sums[thread]
+    factors, biases = work.factors[linear.place], weights.biases
+    for row in range(begin, end, STRIP):
+        _strip(linear, row, at, tokens)
+        for i in range(min(STRIP, out.shape[1] - base - row)):
+            bias = np.float32(0) if linear.bias < 0 else biases[linear.bias + row + i]
+            for token in range(tokens):
+                out[token, base + row + i] = to_bf16(sums[i, token] * factors[token] + bias)
+
+
+@njit(**JIT)
+def _project(
+    linears: Any, weights: Any, work: Any, tokens: Any, thread: Any, threads: Any, out: Any
+) -> None:
+    """Queries, keys and values, one behind the other in a row of ``out`` ``[tokens, all]``."""
+    base = 0
+    for index in range(_Q, _OUT):
+        multiply_rows(linears[index], weights, work, tokens, thread, threads, out, base)
+        base += linears[index].rows
+
+
+@njit(**JIT)
+def _add_to_hidden(
+    linear: Any, weights: Any, work: Any, tokens: Any, thread: Any, threads: Any
+) -> None:
+    """What a linear layer gives, added to the residual stream."""
+    multiply_rows(linear, weights, work, tokens, thread, threads, work.normed, 0)
+    begin, end = _share(linear.rows, thread, threads)
+    for token in range(tokens):
+        hidden, added = work.hidden[token], work.normed[token]
+        for i in range(begin, end):
+            hidden[i] = to_bf16(widen(hidden[i]) + widen(added[i]))
+
+
+@njit(**JIT)
+def silu_mul(gates: Any, ups: Any) -> None:
+    """SiLU(gate) · up in place of ups, rounded to BF16 on the way as ``transformers`` does."""
+    for i in range(gates.shape[0]):
+        value = widen(gates[i])
+        activated = widen(to_bf16(value / (np.float32(1) + exp(-value))))
+        ups[i] = to_bf16(activated * widen(ups[i]))
+
+
+@njit(**JIT)
+def _activate(
+    linears: Any, weights: Any, work: Any, tokens: Any, thread: Any, threads: Any
+) -> None:
+    multiply_rows(linears[_GATE], weights, work, tokens, thread, threads, work.gated, 0)
+    multiply_rows(linears[_GATE + 1], weights, work, tokens, thread, threads, work.activated, 0)
+    begin, end = _share(linears[_GATE].rows, thread, threads)
+    for token in range(tokens):
+        silu_mul(work.gated[token, begin:end], work.activated[token, begin:end])
+
+
+@njit(**JIT)
+def _rotate(x: Any, cos: Any, sin: Any) -> None:
+    """Rotary embedding of a head, BF16, in place."""
+    half = x.shape[0] // 2
+    for i in range(half):
+        low, high = widen(x[i]), widen(x[half + i])
+        a, b = widen(to_bf16(low * cos[i])), widen(to_bf16(-high * sin[i]))
+        c, d = widen(to_bf16(high * cos[i])), widen(to_bf16(low * sin[i]))
+        x[i], x[half + i] = to_bf16(a + b), to_bf16(c + d)
+
+
+@njit(**JIT)
+def _store(x: Any, scale: Any, out: Any) -> None:
+    """A head's keys or values into the cache: BF16, or E4M3 codes."""
+    if out.itemsize == 2:
+        for i in range(x.shape[0]):
+            out[i] = x[i]
+    else:
+        for i in range(x.shape[0]):
+            out[i] = code_of(nearest_e4m3(widen(x[i]) / scale))
+
+
+@njit(**JIT)
+def enter(
+    layer: Any,
+    token: Any,
+    sequence: Any,
+    kv_head: Any,
+    weights: Any,
+    work: Any,
+    batch: Any,
+    cache: Any,
+) -> None:
+    """Rotate a token's key and the queries of its group, and put key and value into the cache."""
+    shape, heads = weights.shape, work.projected[token]
+    position, group = batch.positions[token], weights.shape.heads // weights.shape.kv_heads
+    key, value = shape.heads + kv_head, shape.heads + shape.kv_heads + kv_head
+    cos, sin = weights.cos[position], weights.sin[position]
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        if weights.head_norms.shape[0]:
+            normalize(heads[head], weights.head_norms[layer, 0], shape.eps, heads[head])
+        _rotate(heads[head], cos, sin)
+    if weights.head_norms.shape[0]:
+        normalize(heads[key], weights.head_norms[layer, 1], shape.eps, heads[key])
+    _rotate(heads[key], cos, sin)
+    block, place = batch.tables[sequence, position // BLOCK], position % BLOCK
+    k_scale = v_scale = np.float32(1)
+    if weights.cache_scales.shape[0]:
+        k_scale, v_scale = weights.cache_scales[layer, 0], weights.cache_scales[layer, 1]
+    _store(heads[key], k_scale, cache.keys[layer, block, kv_head, place])
+    _store(heads[value], v_scale, cache.values[layer, block, kv_head, place])
+
+
+@njit(**JIT)
+def attend(
+    layer: Any,
+    token: Any,
+    sequence: Any,
+    kv_head: Any,
+    weights: Any,
+    work: Any,
+    batch: Any,
+    cache: Any,
+    thread: Any,
+) -> None:
+    """Attention of a token's queries of one group to the cache, which has its own key and value."""
+    shape, table = weights.shape, batch.tables[sequence]
+    group, width = shape.heads // shape.kv_heads, shape.head_dim
+    end = batch.positions[token] + 1
+    begin = max(0, end - weights.windows[layer])
+    keys, values, nbytes = cache.keys[layer], cache.values[layer], cache.keys.itemsize
+    k_scale = v_scale = np.float32(1)
+    if nbytes == 1:
+        k_scale = weights.cache_scales[layer, 0] * np.float32(E4M3_UNIT)
+        v_scale = weights.cache_scales[layer, 1] * np.float32(E4M3_UNIT)
+    queries, scores, parts = work.queries[thread], work.scores[thread], work.parts[thread]
+    ones = work.values[thread, group]
+    scale = k_scale / np.float32(math.sqrt(width))
+    for head in range(group):
+        for i in range(width):
+            queries[head, i] = widen(work.projected[token, kv_head * group + head, i]) * scale
+    ones[0] = np.float32(1)
+    for start in range(begin - begin % BLOCK, end, BLOCK):
+        block = keys.ctypes.data + table[start // BLOCK] * keys.strides[0]
+        for place in range(start, min(start + BLOCK, end), STRIP):
+            for i in range(group):
+                scores[place : place + STRIP, i] = np.float32(0)
+            multiply(
+                block + kv_head * keys.strides[1] + (place - start) * keys.strides[2],
+                keys.strides[2],
+                nbytes,
+                width,
+                ones.ctypes.data,
+                0,
+                queries.ctypes.data,
+                queries.strides[0],
+                group,
+                parts.ctypes.data,
+                scores.ctypes.data + place * scores.strides[0],
+                scores.strides[0],
+            )
+    result, value = work.values[thread, :group], work.values[thread, group]
+    result[:, :] = np.float32(0)
+    for head in range(group):
+        largest, total = np.float32(-np.inf), np.float32(0)
+        for i in range(begin, end):
+            largest = max(largest, scores[i, head])
+        for i in range(begin, end):
+            scores[i, head] = exp(scores[i, head] - largest)
+            total += scores[i, head]
+        for i in range(begin, end):
+            scores[i, head] *= v_scale / total
+    for i in range(begin, end):
+        stored = values[table[i // BLOCK], kv_head, i % BLOCK]
+        if nbytes == 1:
+            for j in range(width):
+                value[j] = decoded(stored[j])
+        else:
+            for j in range(width):
+                value[j] = widen(stored[j])
+        for head in range(group):
+            weight = scores[i, head]
+            for j in range(width):
+                result[head, j] += weight * value[j]
+    for head in range(group):
+        first = (kv_head * group + head) * width
+        for j in range(width):
+            work.attended[token, first + j] = to_bf16(result[head, j])
+
+
+@njit(**JIT)
+def embed(weights: Any, batch: Any, hidden: Any, first: Any, last: Any) -> None:
+    """Hidden states in front of the first layer."""
+    for token in range(first, last):
+        hidden[token] = weights.embedding[batch.tokens[token]]
+
+
+@njit(**JIT)
+def step(
+    thread: Any, threads: Any, barrier: Any, weights: Any, work: Any, batch: Any, cache: Any
+) -> None:
+    """A thread's share of a batch: from token ids to the last hidden states, in ``work.hidden``."""
+    shape, tokens = weights.shape, batch.tokens.shape[0]
+    projected = work.projected.reshape(work.projected.shape[0], -1)
+    sequences, eps = batch.starts.shape[0] - 1, np.float32(shape.eps)
+    own = range(thread, tokens, threads)
+    for token in own:
+        embed(weights, batch, work.hidden, token, token + 1)
+    for layer in range(shape.layers):
+        linears = weights.linears[layer]
+        for token in own:
+            normalize(work.hidden[token], weights.norms[layer, 0], eps, work.normed[token])
+            _round_inputs(linears, _Q, _OUT, token, work.normed[token], work)
+        wait(barrier, threads)
+        _project(linears, weights, work, tokens, thread, threads, projected)
+        wait(barrier, threads)
+        for unit in range(thread, sequences * shape.kv_heads, threads):
+            sequence, kv_head = unit // shape.kv_heads, unit % shape.kv_heads
+            first, last = batch.starts[sequence], batch.starts[sequence + 1]
+            for token in range(first, last):
+                enter(layer, token, sequence, kv_head, weights, work, batch, cache)
+            for token in range(first, last):
+                attend(layer, token, sequence, kv_head, weights, work, batch, cache, thread)
+        wait(barrier, threads)
+        for token in own:
+            _round_inputs(linears, _OUT, _GATE, token, work.attended[token], work)
+        wait(barrier, threads)
+        _add_to_hidden(linears[_OUT], weights, work, tokens, thread, threads)
+        wait(barrier, threads)
+        for token in own:
+            normalize(work.hidden[token], weights.norms[layer, 1], eps, work.normed[token])
+            _round_inputs(linears, _GATE, _DOWN, token, work.normed[token], work)
+        wait(barrier, threads)
+        _activate(linears, weights, work, tokens, thread, threads)
+        wait(barrier, threads)
+        for token in own:
+            _round_inputs(linears, _DOWN, _END, token, work.activated[token], work)
+        wait(barrier, threads)
+        _add_to_hidden(linears[_DOWN], weights, work, tokens, thread, threads)
+        wait(barrier, threads)
+
+
+@njit(**JIT)
+def head(
+    thread: Any, threads: Any, barrier: Any, weights: Any, work: Any, hidden: Any, logits: Any
+) -> None:
+    """A thread's share of the logits, BF16 ``[tokens, vocab]``, of BF16 hidden states ``[tokens, hidden]``."""
+    linear, tokens = weights.head[0], hidden.shape[0]
+    for token in range(thread, tokens, threads):
+        work.factors[0, token] = round_input(linear, hidden[token], work.inputs[0, token])
+    wait(barrier, threads)
+    multiply_rows(linear, weights, work, tokens, thread, threads, logits, 0)

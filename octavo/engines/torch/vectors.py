@@ -1,0 +1,320 @@
+"""What Numba's loops cannot say: products in full vectors, barriers, and addresses.
+
+A *tile* is the product of 2 to 8 rows of numbers in memory, E4M3 or BF16, with 1 to 8 rows of float32: as many as there
+are registers for, so that a number is decoded once for all of them. Explicit vectors of 16 lanes keep LLVM from choosing half of that.
+
+E4M3 is decoded by way of FP16: its seven low bits, shifted into place there, are the number times 2⁻⁸, its subnormals
+included. (As bits of a float32 they would be numbers below 2⁻¹¹⁷, and subnormals, which cost a hundred cycles each.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils as _untyped
+from numba.extending import intrinsic
+
+from octavo.bits import JIT
+
+# Has no types.
+cgutils: Any = _untyped
+
+LANES = 16
+# Bytes of a cache line.
+_LINE = 64
+# A decoded E4M3 number times this is the number.
+E4M3_UNIT = 256.0
+# Rows of numbers that are multiplied at a time.
+STRIP = 8
+# By how many rows of float32 there are in a tile: its rows of numbers.
+_HEIGHTS = {8: 2, 4: 4, 2: 8, 1: 8}
+
+_BYTE, _HALF_WORD, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_FLOAT = ir.FloatType()
+
+
+def _vector(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, LANES)
+
+
+def _splat(element: ir.Type, value: float) -> ir.Constant:
+    return ir.Constant(_vector(element), [value] * LANES)
+
+
+def _decode_e4m3(builder: Any, codes: Any) -> Any:
+    """``<16 x i8>`` codes to float32, times 2⁻⁸."""
+    wide = builder.shl(builder.sext(codes, _vector(_HALF_WORD)), _splat(_HALF_WORD, 7))
+    half = builder.bitcast(builder.and_(wide, _splat(_HALF_WORD, 0xBF80)), _vector(ir.HalfType()))
+    return builder.fpext(half, _vector(_FLOAT))
+
+
+def _decode_bf16(builder: Any, bits: Any) -> Any:
+    """``<16 x i16>`` to float32."""
+    wide = builder.shl(builder.zext(bits, _vector(_WORD)), _splat(_WORD, 16))
+    return builder.bitcast(wide, _vector(_FLOAT))
+
+
+class _Format(NamedTuple):
+    """How numbers lie in memory."""
+
+    element: ir.Type
+    nbytes: int
+    decode: Callable[[Any, Any], Any]
+
+
+_E4M3 = _Format(_BYTE, 1, _decode_e4m3)
+_BF16 = _Format(_HALF_WORD, 2, _decode_bf16)
+
+
+def _tile(numbers: _Format, rows: int) -> Any:
+    """``tile(at, stride, x, x_stride, columns, out)``: some rows of numbers by ``rows`` rows of float32.
+
+    All are int64: addresses, bytes from a row to the next, and columns, a multiple of :data:`LANES`. ``out`` gets
+    float32 ``[height, rows]``.
+    """
+    height = _HEIGHTS[rows]
+
+    def load(builder: Any, address: Any, element: ir.Type, align: int) -> Any:
+        return builder.load(
+            builder.inttoptr(address, ir.PointerType(_vector(element))), align=align
+        )
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        at, stride, x, x_stride, columns, out = arguments
+        functions = {
+            name: cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32")
+            for name, kind in {
+                "fma": ir.FunctionType(_vector(_FLOAT), [_vector(_FLOAT)] * 3),
+                "vector.reduce.fadd": ir.FunctionType(_FLOAT, [_FLOAT, _vector(_FLOAT)]),
+            }.items()
+        }
+        number = [builder.add(at, builder.mul(stride, _LONG(row))) for row in range(height)]
+        factor = [builder.add(x, builder.mul(x_stride, _LONG(row))) for row in range(rows)]
+        prefetch = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD]),
+            "llvm.prefetch.p0",
+        )
+        entry = builder.block
+        body, after = (builder.append_basic_block(name) for name in ("tile", "after"))
+        builder.branch(body)
+
+        builder.position_at_end(body)
+        column = builder.phi(_LONG)
+        sums = [[builder.phi(_vector(_FLOAT)) for _ in factor] for _ in number]
+        offset, x_offset = (builder.mul(column, _LONG(size)) for size in (numbers.nbytes, 4))
+        left = [
+            numbers.decode(builder, load(builder, builder.add(one, offset), numbers.element, 1))
+            for one in number
+        ]
+        # The rows behind these, in the order they lie in: read in strips, they come too late by themselves.
+        ahead = builder.add(
+            builder.add(at, builder.mul(stride, _LONG(height))), builder.mul(offset, _LONG(height))
+        )
+        for line in range(0, height * LANES * numbers.nbytes, _LINE):
+            place = builder.inttoptr(builder.add(ahead, _LONG(line)), _BYTE.as_pointer())
+            builder.call(prefetch, [place, _WORD(0), _WORD(2), _WORD(1)])
+        right = [load(builder, builder.add(one, x_offset), _FLOAT, 4) for one in factor]
+        added = [
+            [
+                builder.call(functions["fma"], [one, other, total])
+                for other, total in zip(right, totals, strict=True)
+            ]
+            for one, totals in zip(left, sums, strict=True)
+        ]
+        following = builder.add(column, _LONG(LANES))
+        column.add_incoming(_LONG(0), entry)
+        column.add_incoming(following, body)
+        for totals, results in zip(sums, added, strict=True):
+            for total, result in zip(totals, results, strict=True):
+                total.add_incoming(_splat(_FLOAT, 0.0), entry)
+                total.add_incoming(result, body)
+        builder.cbranch(builder.icmp_signed("<", following, columns), body, after)
+
+        builder.position_at_end(after)
+        for index, result in enumerate(result for results in added for result in results):
+            total = builder.call(
+                functions["vector.reduce.fadd"], [_FLOAT(0.0), result], fastmath=("reassoc",)
+            )
+            place = builder.inttoptr(builder.add(out, _LONG(4 * index)), ir.PointerType(_FLOAT))
+            builder.store(total, place)
+        return context.get_dummy_value()
+
+    def tile(_: Any, at: Any, stride: Any, x: Any, x_stride: Any, columns: Any, out: Any) -> Any:
+        return types.void(*[types.int64] * 6), codegen
+
+    return intrinsic(tile)
+
+
+_e4m3_8, _e4m3_4, _e4m3_2, _e4m3_1 = (_tile(_E4M3, rows) for rows in _HEIGHTS)
+_bf16_8, _bf16_4, _bf16_2, _bf16_1 = (_tile(_BF16, rows) for rows in _HEIGHTS)
+
+
+def _load_codegen(_: Any, address: Any) -> Any:
+    """The float32 at an address."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.inttoptr(arguments[0], ir.PointerType(_FLOAT)), align=4)
+
+    return types.float32(types.int64), codegen
+
+
+def _store_codegen(_: Any, address: Any, value: Any) -> Any:
+    """Put a float32 at an address."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        address, value = arguments
+        builder.store(value, builder.inttoptr(address, ir.PointerType(_FLOAT)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen
+
+
+load: Any = intrinsic(_load_codegen)
+store: Any = intrinsic(_store_codegen)
+
+
+@njit(**JIT)
+def multiply(
+    at: Any,
+    stride: Any,
+    nbytes: Any,
+    columns: Any,
+    scales: Any,
+    scale_stride: Any,
+    x: Any,
+    x_stride: Any,
+    rows: Any,
+    part: Any,
+    sums: Any,
+    sums_stride: Any,
+) -> None:
+    """Add products of a strip of numbers with rows of float32, times the strip's scales, to sums.
+
+    Addresses rather than arrays: views of arrays are counted, and threads wait for each other's counting.
+
+    Args:
+        at: address of the strip's first row.
+        stride: bytes from row to row.
+        nbytes: of a number: 1 is E4M3, 2 is BF16.
+        columns: of the product, a multiple of :data:`LANES`.
+        scales: address of the first of ``STRIP`` float32, one for each row of numbers.
+        scale_stride: bytes from one to the next; 0 if there is only one.
+        x: address of float32 ``[rows, at least columns]``.
+        x_stride: bytes from row to row.
+        rows: of ``x``.
+        part: address of float32 ``[2 * STRIP]``, overwritten.
+        sums: address of float32 ``[STRIP, at least rows]``.
+        sums_stride: bytes from row to row.
+    """
+    done = 0
+    while done < rows:
+        left, x_at = rows - done, x + done * x_stride
+        count = 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
+        height = 2 if count == 8 else 4 if count == 4 else 8
+        for row in range(0, STRIP, height):
+            begin = at + row * stride
+            if nbytes == 1:
+                if count == 8:
+                    _e4m3_8(begin, stride, x_at, x_stride, columns, part)
+                elif count == 4:
+                    _e4m3_4(begin, stride, x_at, x_stride, columns, part)
+                elif count == 2:
+                    _e4m3_2(begin, stride, x_at, x_stride, columns, part)
+                else:
+                    _e4m3_1(begin, stride, x_at, x_stride, columns, part)
+            elif count == 8:
+                _bf16_8(begin, stride, x_at, x_stride, columns, part)
+            elif count == 4:
+                _bf16_4(begin, stride, x_at, x_stride, columns, part)
+            elif count == 2:
+                _bf16_2(begin, stride, x_at, x_stride, columns, part)
+            else:
+                _bf16_1(begin, stride, x_at, x_stride, columns, part)
+            for i in range(height):
+                scale = load(scales + (row + i) * scale_stride)
+                place = sums + (row + i) * sums_stride + done * 4
+                for j in range(count):
+                    product = load(part + (i * count + j) * 4) * scale
+                    store(place + j * 4, load(place + j * 4) + product)
+        done += count
+
+
+def _decoded_codegen(_: Any, code: Any) -> Any:
+    """An E4M3 code, uint8, as float32 times 2⁻⁸; vectorizes."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        wide = builder.shl(builder.sext(arguments[0], _HALF_WORD), _HALF_WORD(7))
+        half = builder.bitcast(builder.and_(wide, _HALF_WORD(0xBF80)), ir.HalfType())
+        return builder.fpext(half, _FLOAT)
+
+    return types.float32(types.uint8), codegen
+
+
+decoded: Any = intrinsic(_decoded_codegen)
+
+
+def _atomic_add_codegen(_: Any, array: Any, index: Any, value: Any) -> Any:
+    """Add to an element of an int64 array, seen by all threads; the value before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.gep(data, [arguments[1]])
+        return builder.atomic_rmw("add", place, arguments[2], "seq_cst")
+
+    return types.int64(array, types.int64, types.int64), codegen
+
+
+def _atomic_load_codegen(_: Any, array: Any, index: Any) -> Any:
+    """An element of an int64 array as other threads left it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load_atomic(builder.gep(data, [arguments[1]]), "acquire", 8)
+
+    return types.int64(array, types.int64), codegen
+
+
+_atomic_add: Any = intrinsic(_atomic_add_codegen)
+_atomic_load: Any = intrinsic(_atomic_load_codegen)
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+# A barrier: who has arrived, how often all had, and whether it is broken; far enough apart for caches.
+_ARRIVED, _ROUND, _BROKEN = 0, 16, 32
+BARRIER_SIZE = 48
+# Looks at the barrier before the core is offered to others.
+_SPINS = 2000
+
+
+@njit(**JIT)
+def wait(barrier: Any, threads: Any) -> None:
+    """Wait until all threads are here, or one has broken the barrier.
+
+    Args:
+        barrier: int64 ``[BARRIER_SIZE]``, zeros at first.
+        threads: how many there are.
+    """
+    now = _atomic_load(barrier, _ROUND)
+    if _atomic_add(barrier, _ARRIVED, 1) == threads - 1:
+        _atomic_add(barrier, _ARRIVED, -threads)
+        _atomic_add(barrier, _ROUND, 1)
+        return
+    spins = 0
+    while _atomic_load(barrier, _ROUND) == now and _atomic_load(barrier, _BROKEN) == 0:
+        spins += 1
+        if spins > _SPINS:
+            _sched_yield()
+
+
+def new_barrier() -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A barrier that nobody waits at."""
+    return np.zeros(BARRIER_SIZE, dtype=np.int64)
+
+
+def break_barrier(barrier: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    """Let all pass who wait or will."""
+    barrier[_BROKEN] = 1
