@@ -134,7 +134,8 @@ def exact(source: Path, edition: Path, ids: Tensor) -> Tensor:
     """Log-probabilities of the edition as its format means them, in float32 by ``transformers``."""
     tensors = {} if source == edition else load_file(edition / "model.safetensors")
     model = reference.fake_quantized(source, tensors)
-    result: Tensor = torch.log_softmax(model(ids[None]).logits[0], dim=-1)
+    logits: Tensor = model(ids[None]).logits[0]
+    result: Tensor = torch.log_softmax(logits, dim=-1)
     return result
 
 
@@ -161,6 +162,7 @@ class TestMultiply:
             part.data_ptr(),
             sums.data_ptr(),
             sums.stride(0) * 4,
+            4,
         )
         product = stored.double()[:, :columns] @ x.double()[:, :columns].T
         expected = 1 + product * scales.double()[:, None]
@@ -179,7 +181,7 @@ class TestMultiply:
             x, scale, sums = torch.ones(1, 16), torch.tensor([E4M3_UNIT]), torch.zeros(STRIP, 1)
             multiply(
                 *(rows.data_ptr(), 16, 1, 16, scale.data_ptr(), 0, x.data_ptr(), 64, 1),
-                *(part.data_ptr(), sums.data_ptr(), 4),
+                *(part.data_ptr(), sums.data_ptr(), 4, 4),
             )
             wanted = finite[start : start + STRIP]
             assert torch.equal(sums[:, 0][wanted], numbers[start : start + STRIP][wanted])

@@ -124,10 +124,10 @@ class CpuDecoder:
         self._team.close()
 
     def _make_room(self, longest: int) -> None:
-        threads, room, group = self._work.scores.shape
-        if longest > room:
-            size = -(-2 * longest // BLOCK) * BLOCK
-            scores = np.zeros((threads, size, group), np.float32)
+        threads, group, room = self._work.scores.shape
+        # Whole strips are computed.
+        if longest + BLOCK > room:
+            scores = np.zeros((threads, group, 2 * longest + BLOCK), np.float32)
             self._work = self._work._replace(scores=scores)
 
 

@@ -15,7 +15,7 @@ from numba import njit
 
 from octavo.bits import JIT, code_of, exp, nearest_e4m3, to_bf16, widen
 from octavo.engines.torch.batch import BLOCK
-from octavo.engines.torch.vectors import E4M3_UNIT, STRIP, decoded, multiply, store, wait
+from octavo.engines.torch.vectors import E4M3_UNIT, STRIP, mix, multiply, store, wait
 from octavo.engines.torch.weights import (
     AS_IT_IS,
     BY_GROUP,
@@ -49,8 +49,8 @@ class Work(NamedTuple):
         sums: float32 ``[threads, STRIP, tokens]``: of a strip of a linear layer.
         parts: float32 ``[threads, 2 * STRIP]``.
         queries: float32 ``[threads, heads of a group, head_dim]``.
-        values: float32 ``[threads, heads of a group + 1, head_dim]``.
-        scores: float32 ``[threads, longest, heads of a group]``.
+        mixed: float32 ``[threads, heads of a group, head_dim]``.
+        scores: float32 ``[threads, heads of a group, longest]``.
     """
 
     hidden: Array
@@ -64,7 +64,7 @@ class Work(NamedTuple):
     sums: Array
     parts: Array
     queries: Array
-    values: Array
+    mixed: Array
     scores: Array
 
     @classmethod
@@ -92,8 +92,8 @@ class Work(NamedTuple):
             sums=float32(threads, STRIP, tokens),
             parts=float32(threads, 2 * STRIP),
             queries=float32(threads, group, shape.head_dim),
-            values=float32(threads, group + 1, shape.head_dim),
-            scores=float32(threads, longest, group),
+            mixed=float32(threads, group, shape.head_dim),
+            scores=float32(threads, group, longest),
         )
 
 
@@ -206,6 +206,7 @@ def _strip(linear: Any, row: Any, at: Any, tokens: Any) -> None:
             at.parts,
             at.sums,
             at.sums_stride,
+            4,
         )
 
 
@@ -336,6 +337,26 @@ def enter(
     _store(heads[value], v_scale, cache.values[layer, block, kv_head, place])
 
 
+# Of finite numbers the largest is found in vectors; of a broken model's it is anything, and the logits tell.
+@njit(**{**JIT, "fastmath": {"reassoc", "contract", "nnan", "nsz"}})
+def _largest_score(x: Any) -> Any:
+    largest = np.float32(-np.inf)
+    for i in range(x.shape[0]):
+        largest = max(largest, x[i])
+    return largest
+
+
+@njit(**JIT)
+def _softmax(x: Any, factor: Any) -> None:
+    """Softmax of a row, times a factor, in place."""
+    largest, total = _largest_score(x), np.float32(0)
+    for i in range(x.shape[0]):
+        x[i] = exp(x[i] - largest)
+        total += x[i]
+    for i in range(x.shape[0]):
+        x[i] *= factor / total
+
+
 @njit(**JIT)
 def attend(
     layer: Any,
@@ -358,59 +379,52 @@ def attend(
     if nbytes == 1:
         k_scale = weights.cache_scales[layer, 0] * np.float32(E4M3_UNIT)
         v_scale = weights.cache_scales[layer, 1] * np.float32(E4M3_UNIT)
-    queries, scores, parts = work.queries[thread], work.scores[thread], work.parts[thread]
-    ones = work.values[thread, group]
-    scale = k_scale / np.float32(math.sqrt(width))
+    queries, scores, mixed = work.queries[thread], work.scores[thread], work.mixed[thread]
+    scale = np.array([k_scale / np.float32(math.sqrt(width))])
     for head in range(group):
+        scores[head, : end + STRIP] = np.float32(0)
+        mixed[head, :] = np.float32(0)
         for i in range(width):
-            queries[head, i] = widen(work.projected[token, kv_head * group + head, i]) * scale
-    ones[0] = np.float32(1)
+            queries[head, i] = widen(work.projected[token, kv_head * group + head, i])
     for start in range(begin - begin % BLOCK, end, BLOCK):
         block = keys.ctypes.data + table[start // BLOCK] * keys.strides[0]
         for place in range(start, min(start + BLOCK, end), STRIP):
-            for i in range(group):
-                scores[place : place + STRIP, i] = np.float32(0)
             multiply(
                 block + kv_head * keys.strides[1] + (place - start) * keys.strides[2],
                 keys.strides[2],
                 nbytes,
                 width,
-                ones.ctypes.data,
+                scale.ctypes.data,
                 0,
                 queries.ctypes.data,
                 queries.strides[0],
                 group,
-                parts.ctypes.data,
-                scores.ctypes.data + place * scores.strides[0],
+                work.parts.ctypes.data + thread * work.parts.strides[0],
+                scores.ctypes.data + place * 4,
+                4,
                 scores.strides[0],
             )
-    result, value = work.values[thread, :group], work.values[thread, group]
-    result[:, :] = np.float32(0)
     for head in range(group):
-        largest, total = np.float32(-np.inf), np.float32(0)
-        for i in range(begin, end):
-            largest = max(largest, scores[i, head])
-        for i in range(begin, end):
-            scores[i, head] = exp(scores[i, head] - largest)
-            total += scores[i, head]
-        for i in range(begin, end):
-            scores[i, head] *= v_scale / total
-    for i in range(begin, end):
-        stored = values[table[i // BLOCK], kv_head, i % BLOCK]
-        if nbytes == 1:
-            for j in range(width):
-                value[j] = decoded(stored[j])
-        else:
-            for j in range(width):
-                value[j] = widen(stored[j])
-        for head in range(group):
-            weight = scores[i, head]
-            for j in range(width):
-                result[head, j] += weight * value[j]
+        _softmax(scores[head, begin:end], v_scale)
+    for start in range(begin - begin % BLOCK, end, BLOCK):
+        first, last = max(start, begin), min(start + BLOCK, end)
+        block = values.ctypes.data + table[start // BLOCK] * values.strides[0]
+        mix(
+            block + kv_head * values.strides[1] + (first - start) * values.strides[2],
+            values.strides[2],
+            nbytes,
+            width,
+            last - first,
+            scores.ctypes.data + first * 4,
+            scores.strides[0],
+            group,
+            mixed.ctypes.data,
+            mixed.strides[0],
+        )
     for head in range(group):
         first = (kv_head * group + head) * width
-        for j in range(width):
-            work.attended[token, first + j] = to_bf16(result[head, j])
+        for i in range(width):
+            work.attended[token, first + i] = to_bf16(mixed[head, i])
 
 
 @njit(**JIT)

@@ -31,7 +31,8 @@ E4M3_UNIT = 256.0
 # Rows of numbers that are multiplied at a time.
 STRIP = 8
 # By how many rows of float32 there are in a tile: its rows of numbers.
-_HEIGHTS = {8: 2, 4: 4, 2: 8, 1: 8}
+_HEIGHTS = {1: 8, 2: 8, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}
+_MOST_ROWS = 8
 
 _BYTE, _HALF_WORD, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
@@ -150,8 +151,52 @@ def _tile(numbers: _Format, rows: int) -> Any:
     return intrinsic(tile)
 
 
-_e4m3_8, _e4m3_4, _e4m3_2, _e4m3_1 = (_tile(_E4M3, rows) for rows in _HEIGHTS)
-_bf16_8, _bf16_4, _bf16_2, _bf16_1 = (_tile(_BF16, rows) for rows in _HEIGHTS)
+_TILES = {
+    (numbers.nbytes, rows): _tile(numbers, rows) for numbers in (_E4M3, _BF16) for rows in _HEIGHTS
+}
+(_e1, _e2, _e3, _e4, _e5, _e6, _e7, _e8), (_b1, _b2, _b3, _b4, _b5, _b6, _b7, _b8) = (
+    [_TILES[nbytes, rows] for rows in _HEIGHTS] for nbytes in (1, 2)
+)
+
+
+@njit(**JIT)
+def _tile_of(
+    nbytes: Any, rows: Any, at: Any, stride: Any, x: Any, x_stride: Any, columns: Any, out: Any
+) -> None:
+    """The tile for numbers of ``nbytes`` bytes and ``rows`` rows of float32."""
+    if nbytes == 1:
+        if rows == 8:
+            _e8(at, stride, x, x_stride, columns, out)
+        elif rows == 7:
+            _e7(at, stride, x, x_stride, columns, out)
+        elif rows == 6:
+            _e6(at, stride, x, x_stride, columns, out)
+        elif rows == 5:
+            _e5(at, stride, x, x_stride, columns, out)
+        elif rows == 4:
+            _e4(at, stride, x, x_stride, columns, out)
+        elif rows == 3:
+            _e3(at, stride, x, x_stride, columns, out)
+        elif rows == 2:
+            _e2(at, stride, x, x_stride, columns, out)
+        else:
+            _e1(at, stride, x, x_stride, columns, out)
+    elif rows == 8:
+        _b8(at, stride, x, x_stride, columns, out)
+    elif rows == 7:
+        _b7(at, stride, x, x_stride, columns, out)
+    elif rows == 6:
+        _b6(at, stride, x, x_stride, columns, out)
+    elif rows == 5:
+        _b5(at, stride, x, x_stride, columns, out)
+    elif rows == 4:
+        _b4(at, stride, x, x_stride, columns, out)
+    elif rows == 3:
+        _b3(at, stride, x, x_stride, columns, out)
+    elif rows == 2:
+        _b2(at, stride, x, x_stride, columns, out)
+    else:
+        _b1(at, stride, x, x_stride, columns, out)
 
 
 def _load_codegen(_: Any, address: Any) -> Any:
@@ -192,6 +237,7 @@ def multiply(
     part: Any,
     sums: Any,
     sums_stride: Any,
+    sums_step: Any,
 ) -> None:
     """Add products of a strip of numbers with rows of float32, times the strip's scales, to sums.
 
@@ -208,40 +254,136 @@ def multiply(
         x_stride: bytes from row to row.
         rows: of ``x``.
         part: address of float32 ``[2 * STRIP]``, overwritten.
-        sums: address of float32 ``[STRIP, at least rows]``.
-        sums_stride: bytes from row to row.
+        sums: address of float32 ``[STRIP, rows]``.
+        sums_stride: bytes from row to row of numbers.
+        sums_step: bytes from row to row of ``x``.
     """
-    done = 0
-    while done < rows:
-        left, x_at = rows - done, x + done * x_stride
-        count = 8 if left >= 8 else 4 if left >= 4 else 2 if left >= 2 else 1
-        height = 2 if count == 8 else 4 if count == 4 else 8
+    for done in range(0, rows, _MOST_ROWS):
+        count, x_at = min(rows - done, _MOST_ROWS), x + done * x_stride
+        height = 8 if count <= 2 else 4 if count <= 4 else 2
         for row in range(0, STRIP, height):
-            begin = at + row * stride
-            if nbytes == 1:
-                if count == 8:
-                    _e4m3_8(begin, stride, x_at, x_stride, columns, part)
-                elif count == 4:
-                    _e4m3_4(begin, stride, x_at, x_stride, columns, part)
-                elif count == 2:
-                    _e4m3_2(begin, stride, x_at, x_stride, columns, part)
-                else:
-                    _e4m3_1(begin, stride, x_at, x_stride, columns, part)
-            elif count == 8:
-                _bf16_8(begin, stride, x_at, x_stride, columns, part)
-            elif count == 4:
-                _bf16_4(begin, stride, x_at, x_stride, columns, part)
-            elif count == 2:
-                _bf16_2(begin, stride, x_at, x_stride, columns, part)
-            else:
-                _bf16_1(begin, stride, x_at, x_stride, columns, part)
+            _tile_of(nbytes, count, at + row * stride, stride, x_at, x_stride, columns, part)
             for i in range(height):
                 scale = load(scales + (row + i) * scale_stride)
-                place = sums + (row + i) * sums_stride + done * 4
+                place = sums + (row + i) * sums_stride + done * sums_step
                 for j in range(count):
                     product = load(part + (i * count + j) * 4) * scale
-                    store(place + j * 4, load(place + j * 4) + product)
-        done += count
+                    store(place + j * sums_step, load(place + j * sums_step) + product)
+
+
+def _mixture(numbers: _Format, rows: int) -> Any:
+    """``mix(at, stride, count, shares, shares_stride, out, out_stride)``: mixtures of rows of numbers.
+
+    All are int64. :data:`LANES` columns of ``count`` rows of numbers at an address, each times its share, are added to
+    ``rows`` rows of float32; shares are float32 ``[rows, count]``.
+    """
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        at, stride, count, shares, shares_stride, out, out_stride = arguments
+        kind = ir.FunctionType(_vector(_FLOAT), [_vector(_FLOAT)] * 3)
+        fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+
+        def pointer(base: Any, offset: Any, element: ir.Type) -> Any:
+            return builder.inttoptr(builder.add(base, offset), ir.PointerType(element))
+
+        places = [
+            pointer(out, builder.mul(out_stride, _LONG(row)), _vector(_FLOAT))
+            for row in range(rows)
+        ]
+        before = [builder.load(place, align=4) for place in places]
+        entry = builder.block
+        body, after = (builder.append_basic_block(name) for name in ("mix", "after"))
+        builder.branch(body)
+
+        builder.position_at_end(body)
+        index = builder.phi(_LONG)
+        sums = [builder.phi(_vector(_FLOAT)) for _ in places]
+        stored = pointer(at, builder.mul(stride, index), _vector(numbers.element))
+        value = numbers.decode(builder, builder.load(stored, align=1))
+        added = []
+        for row, total in enumerate(sums):
+            offset = builder.add(
+                builder.mul(shares_stride, _LONG(row)), builder.mul(index, _LONG(4))
+            )
+            share = builder.load(pointer(shares, offset, _FLOAT), align=4)
+            first = builder.insert_element(ir.Constant(_vector(_FLOAT), None), share, _WORD(0))
+            everywhere = builder.shuffle_vector(first, first, _splat(_WORD, 0))
+            added.append(builder.call(fma, [value, everywhere, total]))
+        following = builder.add(index, _LONG(1))
+        index.add_incoming(_LONG(0), entry)
+        index.add_incoming(following, body)
+        for total, begin, result in zip(sums, before, added, strict=True):
+            total.add_incoming(begin, entry)
+            total.add_incoming(result, body)
+        builder.cbranch(builder.icmp_signed("<", following, count), body, after)
+
+        builder.position_at_end(after)
+        for place, result in zip(places, added, strict=True):
+            builder.store(result, place, align=4)
+        return context.get_dummy_value()
+
+    def mix(
+        _: Any,
+        at: Any,
+        stride: Any,
+        count: Any,
+        shares: Any,
+        shares_stride: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        return types.void(*[types.int64] * 7), codegen
+
+    return intrinsic(mix)
+
+
+_mix_e4, _mix_e1 = (_mixture(_E4M3, rows) for rows in (4, 1))
+_mix_b4, _mix_b1 = (_mixture(_BF16, rows) for rows in (4, 1))
+
+
+@njit(**JIT)
+def mix(
+    at: Any,
+    stride: Any,
+    nbytes: Any,
+    columns: Any,
+    count: Any,
+    shares: Any,
+    shares_stride: Any,
+    rows: Any,
+    out: Any,
+    out_stride: Any,
+) -> None:
+    """Add rows of numbers, each times its share, to ``rows`` rows of float32, which have shares of their own.
+
+    Args:
+        at: address of the first row of numbers.
+        stride: bytes from row to row.
+        nbytes: of a number: 1 is E4M3, times 2⁻⁸; 2 is BF16.
+        columns: a multiple of :data:`LANES`.
+        count: rows of numbers, at least one.
+        shares: address of float32 ``[rows, count]``.
+        shares_stride: bytes from row to row.
+        rows: of ``out``.
+        out: address of float32 ``[rows, columns]``.
+        out_stride: bytes from row to row.
+    """
+    row = 0
+    while row < rows:
+        four = rows - row >= 4
+        own, target = shares + row * shares_stride, out + row * out_stride
+        for column in range(0, columns, LANES):
+            begin, place = at + column * nbytes, target + column * 4
+            if nbytes == 1:
+                if four:
+                    _mix_e4(begin, stride, count, own, shares_stride, place, out_stride)
+                else:
+                    _mix_e1(begin, stride, count, own, shares_stride, place, out_stride)
+            elif four:
+                _mix_b4(begin, stride, count, own, shares_stride, place, out_stride)
+            else:
+                _mix_b1(begin, stride, count, own, shares_stride, place, out_stride)
+        row += 4 if four else 1
 
 
 def _decoded_codegen(_: Any, code: Any) -> Any:
