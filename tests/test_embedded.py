@@ -134,7 +134,7 @@ def exact(source: Path, edition: Path, ids: Tensor) -> Tensor:
     """Log-probabilities of the edition as its format means them, in float32 by ``transformers``."""
     tensors = {} if source == edition else load_file(edition / "model.safetensors")
     model = reference.fake_quantized(source, tensors)
-    logits: Tensor = model(ids[None]).logits[0]
+    logits = model(ids[None]).logits[0]
     result: Tensor = torch.log_softmax(logits, dim=-1)
     return result
 
@@ -196,7 +196,7 @@ class TestRoundInput:
         row["inputs"], row["input_scale"] = inputs, scale
         out = np.zeros(len(self.x), np.float32)
         factor = round_input(row[0], self.x.view(torch.uint16).numpy(), out)
-        return torch.from_numpy(out) * factor
+        return torch.from_numpy(out) * float(factor)
 
     def test_each_way(self) -> None:
         largest = self.x.float().abs().max()
