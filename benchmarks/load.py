@@ -32,8 +32,8 @@ _MOST_TOKENS = 512
 # Users at a time, each of whom sends one request after another.
 _USERS = 48
 _AGAIN_SECONDS = 0.2
-# Requests after which memory is what serving takes.
-_WARM_UP = 0.25
+# Parts of the load, after each of which nothing is to be left of it.
+_PARTS = 4
 
 # What is asked, and how often.
 _KINDS = {
@@ -227,7 +227,6 @@ def measure(model: Path, requests: int, cache: str, seed: int = 0) -> dict[str, 
 async def _load(url: str, model: Path, requests: int, seed: int) -> dict[str, Any]:
     endpoint = ask(url)
     plans = plan_requests(endpoint, read_json(model / "config.json")["vocab_size"], requests, seed)
-    warm = int(requests * _WARM_UP)
     memory = {}
     async with httpx2.AsyncClient(
         base_url=url,
@@ -238,12 +237,12 @@ async def _load(url: str, model: Path, requests: int, seed: int) -> dict[str, An
         load = Load(client)
         memory["start"] = (await _metrics(client))["process_resident_memory_bytes"]
         begin = time.perf_counter()
-        await load.run(plans[:warm])
-        memory["after_warm_up"] = (await _settled(client))["process_resident_memory_bytes"]
-        await load.run(plans[warm:])
-        last = await _settled(client)
+        # The first part warms up: from then on, memory is what serving takes.
+        for part in range(_PARTS):
+            await load.run(plans[part::_PARTS])
+            last = await _settled(client)
+            memory[f"{part + 1}/{_PARTS}"] = last["process_resident_memory_bytes"]
         seconds = time.perf_counter() - begin
-        memory["end"] = last["process_resident_memory_bytes"]
     return {
         "model": endpoint.model,
         "requests": requests,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from octavo.checkpoint import read_json
 from octavo.checkpoint.hub import resolve_model
 from octavo.errors import OctavoError
-from octavo.servers import Server, ServerCommand, server_command
+from octavo.servers import Server, ServerCommand, choose_engine, server_command
 from octavo.throughput import (
     BenchResults,
     Candidate,
@@ -69,7 +69,7 @@ def bench(
     input_len: int = 128,
     output_len: int = 128,
     concurrency: Sequence[int] = (1, 8, 32),
-    engine: str = "vllm",
+    engine: str | None = None,
     requests: int | None = None,
     rounds: int = 3,
     one_at_a_time: bool = False,
@@ -93,7 +93,8 @@ def bench(
         input_len: tokens of each prompt.
         output_len: tokens generated after each.
         concurrency: requests in flight, one load for each.
-        engine: a key of :data:`octavo.servers.SERVERS`, for what is not a URL.
+        engine: a key of :data:`octavo.servers.SERVERS`, for what is not a URL. By default vLLM, or where
+            it is not installed Octavo's own.
         requests: measured under each load; by default four times its concurrency, at least 8.
         rounds: how often each server bears each load.
         one_at_a_time: start each server anew for every round, alone, for models that do not fit side
@@ -127,9 +128,11 @@ def bench(
     )
     for entry in entries:
         check_context(entry.name, entry.max_positions, workload)
-    memory = _memory(
-        engine, 1 if one_at_a_time else sum(one.directory is not None for one in entries)
-    )
+    starts = sum(entry.directory is not None for entry in entries)
+    chosen = None
+    if engine is None:
+        engine, chosen = choose_engine()
+    memory = _memory(engine, 1 if one_at_a_time else starts)
     commands = _commands(entries, engine, memory)
     measured = measure(
         [_candidate(entry, commands.get(entry.name), start_timeout, on_line) for entry in entries],
@@ -148,7 +151,11 @@ def bench(
             for entry in entries
         ),
         comparisons=compare(measured.passes, [entry.name for entry in entries]),
-        notes=(*_notes(entries, commands, memory), *find_notes(measured.passes, output_len)),
+        notes=(
+            *([chosen] if chosen and starts else []),
+            *_notes(entries, commands, memory),
+            *find_notes(measured.passes, output_len),
+        ),
         passes=tuple(measured.passes),
     )
     if target is not None:

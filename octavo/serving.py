@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from octavo.checkpoint.hub import resolve_model
-from octavo.servers import Server, ServerCommand, server_command
+from octavo.servers import Server, ServerCommand, choose_engine, server_command
 
 # Signals that ask a program to end, and signals that it may give a meaning of its own.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -27,7 +27,7 @@ def log(line: str) -> None:
 def serve(
     model: str | Path,
     *,
-    engine: str = "vllm",
+    engine: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     extra: Sequence[str] = (),
@@ -45,7 +45,8 @@ def serve(
 
     Args:
         model: a checkpoint, BF16 or FP8: a directory, or a hub id.
-        engine: a key of :data:`octavo.servers.SERVERS`.
+        engine: a key of :data:`octavo.servers.SERVERS`. By default vLLM, or where it is not installed
+            Octavo's own.
         host: the address to listen on.
         port: likewise.
         extra: flags of the engine's own; they win over ours.
@@ -63,6 +64,10 @@ def serve(
         KeyboardInterrupt: SIGINT, under the conditions above.
         SystemExit: another signal, likewise, with 128 + N.
     """
+    if engine is None:
+        engine, note = choose_engine()
+        if note is not None:
+            on_note(note)
     command = server_command(engine, resolve_model(model), host=host, port=port, extra=extra)
     for note in command.notes:
         on_note(note)

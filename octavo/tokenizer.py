@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError, one_line
 
@@ -33,3 +34,29 @@ def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
 def find_tokenizer(model: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in ``model``, or None where the directory holds no file of one."""
     return load_tokenizer(model) if any((model / file).exists() for file in _FILES) else None
+
+
+def chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """A conversation as the model was taught to read it, up to where its answer begins.
+
+    Args:
+        tokenizer: the checkpoint's, with its chat template.
+        messages: each with a ``role`` and a ``content``.
+
+    Raises:
+        OctavoError: there is no chat template, or it does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise OctavoError(
+            "The checkpoint has no chat template, so it was not made for conversations. Use one that was "
+            "(most are called instruct or chat), or have it continue a plain text."
+        )
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+        )
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise OctavoError(
+            f"The checkpoint's chat template does not take these messages: {one_line(error)}."
+        ) from error
+    return ids

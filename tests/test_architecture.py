@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "formats": {"errors", "scheme"},
     "rounding": {"errors", "fp8", "kernels", "scheme"},
     "canonical": {"errors", "fp8", "rounding", "scheme"},
-    "kernels": set(),
+    "bits": set(),
+    "kernels": {"bits"},
     "calibration": {
         *("errors", "checkpoint", "decoder", "fp8", "fused", "kernels", "scheme", "tokenizer"),
     },
@@ -97,7 +98,20 @@ ALLOWED: dict[str, set[str]] = {
         "skeleton",
         "tokenizer",
     },
-    "engines": {"errors", "attention", "checkpoint", "fused", "loading", "kernels"},
+    "engines": {
+        *(
+            "errors",
+            "attention",
+            "bits",
+            "checkpoint",
+            "edition",
+            "fp8",
+            "fused",
+            "kernels",
+            "linear",
+        ),
+        *("loading", "preflight", "scheme"),
+    },
     "evaluation": {"errors", "checkpoint", "calibration", "engines", "tokenizer", "version"},
     "serving": {"checkpoint", "servers"},
     "servers": {"errors", "checkpoint", "edition", "formats", "scheme"},
@@ -146,17 +160,27 @@ ALLOWED: dict[str, set[str]] = {
     },
     "throughput": {"errors", "reporting"},
     "benchmarking": {"checkpoint", "errors", "servers", "throughput", "version"},
-    "completion": {"errors", "checkpoint", "engines", "tokenizer"},
+    "detokenizing": set(),
+    "generation": {"errors", "checkpoint"},
+    "completion": {
+        *("errors", "checkpoint", "detokenizing", "engines", "generation", "tokenizer"),
+    },
+    "conversation": {"completion", "tokenizer"},
+    "api": {
+        *("errors", "allocator", "checkpoint", "detokenizing", "edition", "engines", "generation"),
+        *("tokenizer", "units", "version"),
+    },
     "publishing": ROOMS
     - {
         *("cli", "console", "pipeline", "throughput", "benchmarking", "serving"),
-        *("analysis", "inspection", "verification"),
+        *("analysis", "api", "conversation", "inspection", "verification"),
     },
     "pipeline": ROOMS
     - {
         *("cli", "console", "engines", "evaluation", "publishing", "reporting"),
         *("throughput", "benchmarking", "servers", "serving", "inspection", "verification"),
-        *("analysis", "planning", "devices", "shapes", "synthesis"),
+        *("analysis", "api", "completion", "conversation", "planning", "devices", "shapes"),
+        "synthesis",
     },
 }
 

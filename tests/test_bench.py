@@ -577,11 +577,12 @@ def fake_command(
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[ServerCommand]:
-    """What ``octavo.bench`` starts, fakes all."""
+    """What ``octavo.bench`` starts, fakes all; vLLM is installed."""
     commands: list[ServerCommand] = []
     monkeypatch.setattr(FakeProcess, "started", commands, raising=False)
     monkeypatch.setattr(benchmarking, "Server", FakeProcess)
     monkeypatch.setattr(benchmarking, "server_command", fake_command)
+    monkeypatch.setattr(benchmarking, "choose_engine", lambda: ("vllm", None))
     return commands
 
 
@@ -642,6 +643,19 @@ class TestCheckpoints:
         assert [one.name for one in results.contenders] == [servers[1].url[7:], "x"]
         assert results.workload.vocab_size == 70
         assert [line.split(":")[0] for line in lines] == ["starting x", "x is ready"]
+
+    def test_without_vllm_our_own_engine_is_measured(
+        self, started: list[ServerCommand], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(benchmarking, "choose_engine", lambda: ("torch", "no vLLM."))
+        model = checkpoint(tmp_path / "m")
+        chosen = bench([model], concurrency=[1], **QUICK)
+        assert started[0].argv[0] == "torch"
+        assert chosen.notes[0] == "no vLLM."
+        for engine in ("torch", "vllm"):
+            asked_for = bench([model], concurrency=[1], engine=engine, **QUICK)
+            assert started[-1].argv[0] == engine
+            assert "no vLLM." not in asked_for.notes
 
     def test_a_server_of_ours_that_dies_is_quoted(
         self, started: list[ServerCommand], tmp_path: Path

@@ -14,12 +14,15 @@ import tiny
 from octavo import Calibration, complete, quantize
 from octavo.cli import app
 
+TEMPLATE = "{% for message in messages %}{{ message.role[0] + message.content + ';' }}{% endfor %}"
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny checkpoint with a tokenizer, and its edition."""
     directory = tmp_path_factory.mktemp("models")
     base = tiny.save_tokenizer(tiny.build("llama", directory / "base"))
+    (base / "chat_template.jinja").write_text(TEMPLATE)
     ids = tiny.save_ids(directory / "ids.npy", samples=8, seq_len=32)
     quantize(base, directory / "edition", calibration=Calibration(source=str(ids)))
     return base, directory / "edition"
@@ -74,10 +77,56 @@ def test_builtin_data_needs_nothing(models: tuple[Path, Path]) -> None:
     assert json_of("eval", models[0], *options)["windows"] == 3
 
 
-def test_generate(models: tuple[Path, Path]) -> None:
-    result = octavo("generate", models[1], "Once", "--max-tokens", 5)
+@pytest.mark.parametrize("engine", ["torch", "transformers"])
+def test_generate(engine: str, models: tuple[Path, Path]) -> None:
+    options = ("--max-tokens", 5, "--engine", engine)
+    result = octavo("generate", models[1], "Once", *options)
     assert result.exit_code == 0, result.output
-    assert result.stdout == "Once" + complete(models[1], "Once", max_tokens=5) + "\n"
+    pieces: list[str] = []
+    text = complete(models[1], "Once", max_tokens=5, engine=engine, on_text=pieces.append)
+    assert result.stdout == "Once" + text + "\n"
+    assert "".join(pieces) == text
+    assert len(pieces) == (6 if engine == "torch" else 1)
+
+
+def test_generate_draws(models: tuple[Path, Path]) -> None:
+    options = ("--max-tokens", 20, "--temperature", 2, "--top-k", 200, "--min-p", 0.001)
+    first, again, other = (
+        octavo("generate", models[1], "Once", *options, "--seed", seed).stdout for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--engine", "abacus"), "Unknown engine 'abacus'. Expected one of"),
+        (("--engine", "transformers", "--top-k", 5), "by --temperature only"),
+        (("--max-tokens", 1000), "1004"),
+    ],
+)
+def test_what_cannot_be_generated(
+    options: tuple[object, ...], reason: str, models: tuple[Path, Path]
+) -> None:
+    result = octavo("generate", models[1], "Once", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert reason in " ".join(result.stderr.split())
+
+
+def test_chat(models: tuple[Path, Path]) -> None:
+    arguments = ["chat", str(models[1]), "--max-tokens", "6", "--temperature", "0", "--system", "s"]
+    result = CliRunner().invoke(app, arguments, input="Hello\n\nagain\n")
+    assert result.exit_code == 0, result.output
+    first = complete(models[1], "ss;uHello;", max_tokens=6)
+    second = complete(models[1], f"ss;uHello;a{first};uagain;", max_tokens=6)
+    assert result.stdout == f"{first}\n{second}\n"
+
+
+def test_chat_with_a_checkpoint_that_was_not_made_for_it(tmp_path: Path) -> None:
+    model = tiny.save_tokenizer(tiny.build("llama", tmp_path / "base"))
+    result = CliRunner().invoke(app, ["chat", str(model)], input="Hello\n")
+    assert result.exit_code == 2
+    assert "no chat template" in " ".join(result.stderr.split())
 
 
 def test_report(models: tuple[Path, Path], text: Path, tmp_path: Path) -> None:

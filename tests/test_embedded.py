@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -27,7 +28,7 @@ from octavo.engines.torch.team import Team
 from octavo.engines.torch.vectors import E4M3_UNIT, STRIP, multiply
 from octavo.engines.torch.weights import AS_IT_IS, BY_GROUP, BY_TOKEN, LINEAR, STATIC
 from octavo.scheme import scheme_called
-from spoiling import edit_json
+from spoiling import edit_json, edit_tensors
 
 # Sizes that no two vectors, strips or groups are whole multiples of.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -248,7 +249,7 @@ class TestDecoder:
     def test_is_as_near_to_the_format_as_transformers(
         self, model: str, scheme: str, checkpoint: Callable[[str, str], Path]
     ) -> None:
-        source, path, ids = checkpoint(model, "bf16"), checkpoint(model, scheme), tokens(70)
+        source, path, ids = checkpoint(model, "bf16"), checkpoint(model, scheme), tokens(90)
         expected = exact(source, path, ids)
         with closing(open_engine("transformers", path, "cpu")) as opened:
             engine: Any = opened
@@ -370,6 +371,15 @@ class TestRefusals:
         path = tiny.build("llama", tmp_path / "model")
         edit_json(path / "config.json", lambda config: config.update(num_hidden_layers=3))
         with pytest.raises(OctavoError, match="has no tensor"):
+            open_model(path)
+
+    def test_a_weight_that_is_not_a_number(
+        self, checkpoint: Callable[[str, str], Path], tmp_path: Path
+    ) -> None:
+        path = Path(shutil.copytree(checkpoint("llama", "fp8"), tmp_path / "edition"))
+        name = "model.layers.1.mlp.up_proj.weight"
+        edit_tensors(path, lambda tensors: tensors[name].view(torch.uint8)[3, 4].fill_(0xFF))
+        with pytest.raises(OctavoError, match=rf"{name}' in .* holds NaN"):
             open_model(path)
 
     def test_a_cache_without_a_block(self, tiny_llama: Path) -> None:

@@ -26,7 +26,15 @@ import tiny
 from octavo import Calibration, OctavoError, Scheme, convert, quantize
 from octavo.cli import app
 from octavo.scheme import KINDS
-from octavo.servers import SERVERS, Server, ServerCommand, process, server_command
+from octavo.servers import (
+    SERVERS,
+    Server,
+    ServerCommand,
+    choose_engine,
+    process,
+    server_command,
+)
+from octavo.servers import torch as torch_server
 from octavo.serving import serve
 
 # What stands in for an engine: it does what STAND_IN (JSON) says and writes down what happens to it.
@@ -556,8 +564,43 @@ class TestTensorrtLlm:
         server_command("tensorrt-llm", checkpoint, extra=["--tokenizer", "some/model"])
 
 
+class TestTorch:
+    def test_any_checkpoint(self, tiny_llama: Path, editions: Editions) -> None:
+        for model in (tiny_llama, editions("quark", "fp8"), editions("tensorrt-llm", "fp8")):
+            command = server_command("torch", model, port=81, extra=["--max-running", "4"])
+            assert command.argv == (
+                *(sys.executable, "-m", "octavo.api", str(model), "--host", "127.0.0.1"),
+                *("--port", "81", "--served-model-name", model.name, "--max-running", "4"),
+            )
+            assert (command.url, command.health) == ("http://127.0.0.1:81", "/health")
+            assert (command.model, command.notes, command.build) == (model.name, (), None)
+
+    def test_what_is_no_checkpoint(self, tmp_path: Path) -> None:
+        with pytest.raises(OctavoError, match=r"config\.json"):
+            server_command("torch", tmp_path)
+
+    def test_packages_that_are_missing(
+        self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch_server, "_PACKAGES", ("fastapi", "no_such_package"))
+        with pytest.raises(OctavoError, match=r"no_such_package\. Install .*'octavo\[serve\]'"):
+            server_command("torch", tiny_llama)
+
+
 class TestServe:
     """The verb, in Python."""
+
+    def test_without_vllm_our_own_engine_serves(
+        self, engine: Engine, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert choose_engine() == ("vllm", None)
+        (engine.bin / "vllm").unlink()
+        monkeypatch.setenv("PATH", str(engine.bin))
+        monkeypatch.setattr(sys, "executable", str(engine.bin / "python"))
+        said: list[str] = []
+        with pytest.raises(OctavoError, match=r"Install it with `pip install 'octavo\[serve\]'`"):
+            serve(tiny_llama, port=engine.port, on_note=said.append)
+        assert "Octavo's own engine" in said[0]
 
     def test_returns_the_exit_code(self, engine: Engine, editions: Editions) -> None:
         engine.does(delay=0.2)
@@ -668,7 +711,7 @@ class TestCommand:
         code, out, err = octavo.ends()
         assert (code, out) == (3, "")
         assert "loading weights" in err
-        assert "vllm ended with exit code 3" in err
+        assert "vLLM ended with exit code 3" in err
 
     def test_the_engine_is_killed(self, engine: Engine, start: Start) -> None:
         octavo = start()
@@ -719,7 +762,10 @@ class TestCommand:
         port = ("--port", str(engine.port))
         bad: dict[tuple[str, ...], str] = {
             (): "vLLM ended with exit code 7 before it was healthy",
-            ("--engine", "abacus"): "Unknown engine 'abacus'. Expected one of vllm, tensorrt-llm.",
+            (
+                "--engine",
+                "abacus",
+            ): "Unknown engine 'abacus'. Expected one of vllm, tensorrt-llm, torch.",
             ("--", "--uds", "socket"): "With --uds",
         }
         for options, told in bad.items():

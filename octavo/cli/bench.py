@@ -34,8 +34,12 @@ def bench(
         str, typer.Option(help="Requests in flight, one load for each: N,N,N.")
     ] = "1,8,32",
     engine: Annotated[
-        str, typer.Option(help="What serves a directory: vllm or tensorrt-llm.")
-    ] = "vllm",
+        str | None,
+        typer.Option(
+            help="What serves a directory: vllm, tensorrt-llm or torch, Octavo's own. vllm if it is installed, "
+            "or else torch."
+        ),
+    ] = None,
     requests: Annotated[
         int | None,
         typer.Option(min=1, help="Measured under each load; 4 × its concurrency, at least 8."),

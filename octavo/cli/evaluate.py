@@ -1,4 +1,4 @@
-"""``octavo eval`` and ``octavo generate``."""
+"""``octavo eval``."""
 
 from __future__ import annotations
 
@@ -93,31 +93,6 @@ def evaluate(
     elif not quiet:
         rows = _ROWS[task.partition(":")[0]](result)
         stdout.print(results_table(f"{Path(model).name}: {task}", rows))
-
-
-@command()
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens, at most.")] = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token each time.")
-    ] = 0.0,
-    engine: EngineName = "transformers",
-    device: Device = "auto",
-) -> None:
-    """Continue a text."""
-    with quick_imports():
-        from octavo.completion import complete
-    continuation = complete(
-        model,
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        engine=engine,
-        device=device,
-    )
-    print(prompt + continuation)
 
 
 def _perplexity_rows(result: PerplexityResult) -> Rows:

@@ -23,16 +23,28 @@ def serve(
         list[str] | None,
         typer.Argument(metavar="[-- FLAGS]", help="Flags of the engine's own. They win over ours."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="What serves: vllm or tensorrt-llm.")] = "vllm",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What serves: vllm, tensorrt-llm or torch, Octavo's own. vllm if it is installed, or else torch."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     start_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds until the engine has to be healthy.")
     ] = 1800,
 ) -> None:
-    """Serve a checkpoint with a real engine, behind an OpenAI-compatible API."""
+    """Serve a checkpoint behind an OpenAI-compatible API."""
     with quick_imports():
         from octavo.serving import serve as run
+    name = "the engine"
+
+    def announce(command: ServerCommand) -> None:
+        nonlocal name
+        name = command.name
+        _announce(command)
+
     code = run(
         model,
         engine=engine,
@@ -41,10 +53,10 @@ def serve(
         extra=extra or (),
         start_timeout=start_timeout,
         on_note=lambda note: say("yellow", "note", note),
-        on_ready=_announce,
+        on_ready=announce,
     )
     if code:
-        say("yellow", "note", f"{engine} ended with exit code {code}.")
+        say("yellow", "note", f"{name} ended with exit code {code}.")
     raise typer.Exit(code)
 
 

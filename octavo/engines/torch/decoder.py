@@ -19,7 +19,7 @@ from octavo.engines.torch.team import Team
 from octavo.engines.torch.weights import Array, Weights, load_weights
 
 # Tokens up to which reading weights takes longer than computing with them.
-FEW = 32
+FEW = 64
 
 
 class CpuCache(NamedTuple):

@@ -23,7 +23,7 @@ from octavo.engines.torch import step
 from octavo.engines.torch.batch import BLOCK
 from octavo.engines.torch.step import Work
 from octavo.engines.torch.team import Team
-from octavo.engines.torch.vectors import E4M3_UNIT, decoded
+from octavo.engines.torch.vectors import E4M3_UNIT, decode_codes, decoded
 from octavo.engines.torch.weights import (
     AS_IT_IS,
     BY_GROUP,
@@ -38,6 +38,8 @@ from octavo.engines.torch.weights import (
 
 # Queries of a sequence that are attended with at a time.
 _SLICE = 128
+# Products are of multiples of so many tokens: PyTorch compiles one for each number of them, and keeps it.
+_ROWS = 32
 # New tokens of a sequence for which its keys and values are not gathered: each attends to the blocks.
 _FEW = 4
 
@@ -303,10 +305,17 @@ class _Linear:
             scales = self._scales[own].repeat_interleave(self._width, dim=1)[:, : codes.shape[1]]
             self._decoded(buffer)[own] = codes.float() * scales
         else:
-            kernels.from_e4m3(codes.view(-1), self._decoded(buffer)[own].view(-1))
+            target = self._decoded(buffer)[own]
+            decode_codes(codes.data_ptr(), codes.numel(), target.data_ptr())
 
     def multiply(self, x: _Rounded, buffer: Tensor) -> Tensor:
         """``[tokens, out]`` in BF16, after :meth:`decode` of all threads."""
+        rows = len(x.values)
+        if missing := -rows % _ROWS:
+            x = _Rounded(*(_padded(one, missing) for one in x))
+        return self._product(x, buffer)[:rows]
+
+    def _product(self, x: _Rounded, buffer: Tensor) -> Tensor:
         weight = (self._decoded(buffer) if self.decoded_bytes else self._numbers).t()
         weight = weight[: x.values.shape[1]]
         if not self.decoded_bytes:
@@ -332,6 +341,11 @@ class _Linear:
     def _decoded(self, buffer: Tensor) -> Tensor:
         dtype = torch.float32 if self._blocks else torch.bfloat16
         return buffer[: self.decoded_bytes].view(dtype).view(self._numbers.shape)
+
+
+def _padded(rows: Tensor, missing: int) -> Tensor:
+    """``rows`` with further ones of zeros; a scalar as it is."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if rows.ndim else rows
 
 
 def _round(linear: _Linear, x: Tensor) -> _Rounded:

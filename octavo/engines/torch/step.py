@@ -8,14 +8,26 @@ rounded to BF16 where ``transformers`` rounds them; sums are in float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
 from octavo.bits import JIT, code_of, exp, nearest_e4m3, to_bf16, widen
+from octavo.engines.torch import tiles
 from octavo.engines.torch.batch import BLOCK
-from octavo.engines.torch.vectors import E4M3_UNIT, STRIP, mix, multiply, store, wait
+from octavo.engines.torch.vectors import (
+    E4M3_UNIT,
+    LINE,
+    STRIP,
+    mix,
+    multiply,
+    prefetch,
+    store,
+    uncounted,
+    wait,
+)
 from octavo.engines.torch.weights import (
     AS_IT_IS,
     BY_GROUP,
@@ -30,8 +42,20 @@ from octavo.engines.torch.weights import (
 from octavo.scheme import BLOCK as GROUP
 
 _E4M3_MAX = 448.0
-# Numba takes these as constants.
+# Tokens from which on the matrix unit pays, where there is one. Numba takes all of these as constants.
+_TILED = 7 if tiles.AVAILABLE else 1 << 30
+_SIDE, _DEPTH = tiles.SIDE, tiles.DEPTH
+# Bytes of weights that a thread fetches before it may compute with them.
+_FETCHED = 16384
 _Q, _OUT, _GATE, _DOWN, _END = QKV[0], OUT[0], GATE_UP[0], DOWN[0], DOWN[1]
+
+
+def aligned(sizes: Sequence[int], dtype: type) -> Array:
+    """Zeros that begin with a cache line: vectors and tiles that straddle two are read twice."""
+    nbytes = math.prod(sizes) * np.dtype(dtype).itemsize
+    raw = np.zeros(nbytes + LINE, np.uint8)
+    skipped = -raw.ctypes.data % LINE
+    return raw[skipped : skipped + nbytes].view(dtype).reshape(sizes)
 
 
 class Work(NamedTuple):
@@ -42,6 +66,10 @@ class Work(NamedTuple):
         normed: BF16 ``[tokens, hidden]``.
         inputs: float32 ``[places, tokens, widest]``: rounded inputs of linear layers.
         factors: float32 ``[places, tokens]``: what their products are multiplied by.
+        pairs: BF16 ``[places, sixteens of tokens, widest / 2, 16, 2]``: the same inputs as the matrix unit takes them.
+        layout: uint8 ``[64]``: how that is set up.
+        decoded: BF16 ``[threads, 16 * widest]``: sixteen rows of weights.
+        products: float32 ``[threads, chains, 16, 16]``: of these, with sixteen tokens.
         projected: BF16 ``[tokens, heads + 2 kv_heads, head_dim]``: queries, keys and values.
         attended: BF16 ``[tokens, heads * head_dim]``.
         gated: BF16 ``[tokens, inner]``, the MLP's gates.
@@ -57,6 +85,10 @@ class Work(NamedTuple):
     normed: Array
     inputs: Array
     factors: Array
+    pairs: Array
+    layout: Array
+    decoded: Array
+    products: Array
     projected: Array
     attended: Array
     gated: Array
@@ -71,20 +103,25 @@ class Work(NamedTuple):
     def new(cls, shape: Shape, tokens: int, threads: int, longest: int) -> Work:
         """For ``tokens`` tokens of sequences of up to ``longest`` tokens."""
         widest = max(shape.hidden, shape.inner, shape.heads * shape.head_dim)
-        widest += -widest % (2 * STRIP)
+        widest += -widest % _DEPTH
+        sixteens = -(-tokens // _SIDE)
         heads, group = shape.heads + 2 * shape.kv_heads, shape.heads // shape.kv_heads
 
         def bf16(*sizes: int) -> Array:
-            return np.zeros(sizes, np.uint16)
+            return aligned(sizes, np.uint16)
 
         def float32(*sizes: int) -> Array:
-            return np.zeros(sizes, np.float32)
+            return aligned(sizes, np.float32)
 
         return cls(
             hidden=bf16(tokens, shape.hidden),
             normed=bf16(tokens, shape.hidden),
             inputs=float32(3, tokens, widest),
             factors=float32(3, tokens),
+            pairs=bf16(3, sixteens, widest // 2, _SIDE, 2),
+            layout=tiles.configuration(),
+            decoded=bf16(threads, _SIDE * widest),
+            products=float32(threads, tiles.CHAINS, _SIDE, _SIDE),
             projected=bf16(tokens, heads, shape.head_dim),
             attended=bf16(tokens, shape.heads * shape.head_dim),
             gated=bf16(tokens, shape.inner),
@@ -147,13 +184,18 @@ def round_input(linear: Any, x: Any, out: Any) -> Any:
 
 
 @njit(**JIT)
-def _round_inputs(linears: Any, first: Any, last: Any, token: Any, x: Any, work: Any) -> None:
+def _round_inputs(
+    linears: Any, first: Any, last: Any, token: Any, tokens: Any, x: Any, work: Any
+) -> None:
     """The row of a token for linear layers ``first`` to ``last``, once for those that see the same."""
     for index in range(first, last):
         if linears[index].place == index - first:
             place = index - first
             factor = round_input(linears[index], x, work.inputs[place, token])
             work.factors[place, token] = factor
+            if tokens >= _TILED:
+                row = work.inputs[place, token, : x.shape[0]]
+                tiles.pair(row, token % _SIDE, work.pairs[place, token // _SIDE])
 
 
 class Operands(NamedTuple):
@@ -212,9 +254,80 @@ def _strip(linear: Any, row: Any, at: Any, tokens: Any) -> None:
 
 @njit(**JIT)
 def _share(rows: Any, thread: Any, threads: Any) -> Any:
-    """A thread's rows: where they begin and end, by strips."""
-    strips = rows // STRIP
-    return strips * thread // threads * STRIP, strips * (thread + 1) // threads * STRIP
+    """A thread's rows of a linear layer: where they begin and end, in sixteens if there are such."""
+    height = _SIDE if rows % _SIDE == 0 else STRIP
+    parts = rows // height
+    return parts * thread // threads * height, parts * (thread + 1) // threads * height
+
+
+@njit(**JIT)
+def _fetch(linear: Any, weights: Any, thread: Any, threads: Any) -> None:
+    """Have a thread's first rows of a linear layer fetched while it waits for the others."""
+    stride = linear.columns * linear.nbytes
+    begin, end = _share(linear.rows, thread, threads)
+    at = weights.arena.ctypes.data + linear.weight + begin * stride
+    for line in range(0, min((end - begin) * stride, _FETCHED), LINE):
+        prefetch(at + line)
+
+
+@njit(**JIT)
+def _put(
+    linear: Any,
+    row: Any,
+    rows: Any,
+    weights: Any,
+    factors: Any,
+    token: Any,
+    sums: Any,
+    out: Any,
+    base: Any,
+) -> None:
+    """Sums of rows of a linear layer ``[rows, tokens]`` into ``out``, from token ``token`` on."""
+    first = base + row
+    rows = min(rows, out.shape[1] - first)
+    for j in range(min(sums.shape[1], out.shape[0] - token)):
+        factor = factors[token + j]
+        if linear.bias < 0:
+            for i in range(rows):
+                out[token + j, first + i] = to_bf16(sums[i, j] * factor)
+        else:
+            for i in range(rows):
+                bias = weights.biases[linear.bias + row + i]
+                out[token + j, first + i] = to_bf16(sums[i, j] * factor + bias)
+
+
+@njit(**JIT)
+def _tile_rows(
+    linear: Any,
+    weights: Any,
+    work: Any,
+    tokens: Any,
+    thread: Any,
+    threads: Any,
+    out: Any,
+    base: Any,
+) -> None:
+    """:func:`multiply_rows` by the matrix unit."""
+    begin, end = _share(linear.rows, thread, threads)
+    products, decoded = work.products[thread], work.decoded[thread]
+    columns, stride = linear.columns, linear.columns * linear.nbytes
+    factors = work.factors[linear.place]
+    for row in range(begin, end, _SIDE):
+        at = weights.arena.ctypes.data + linear.weight + row * stride
+        if linear.nbytes == 1:
+            tiles.decode(at, _SIDE * columns, decoded.ctypes.data)
+            at = decoded.ctypes.data
+        for token in range(0, tokens, _SIDE):
+            x = work.pairs.ctypes.data + linear.place * work.pairs.strides[0]
+            x += token // _SIDE * work.pairs.strides[1]
+            tiles.product(at, 2 * columns, columns, x, products.ctypes.data)
+            for i in range(_SIDE):
+                scale = weights.scales[linear.scales + row + i]
+                for j in range(_SIDE):
+                    total = products[0, i, j] + products[1, i, j]
+                    total += products[2, i, j] + products[3, i, j]
+                    products[0, i, j] = total * scale
+            _put(linear, row, _SIDE, weights, factors, token, products[0], out, base)
 
 
 @njit(**JIT)
@@ -229,15 +342,16 @@ def multiply_rows(
     base: Any,
 ) -> None:
     """A thread's outputs of a linear layer for all tokens, BF16, from column ``base`` of ``out`` on."""
+    tiled = linear.rows % _SIDE == 0 and linear.columns % _DEPTH == 0
+    if tokens >= _TILED and tiled and linear.width == linear.columns:
+        _tile_rows(linear, weights, work, tokens, thread, threads, out[:tokens], base)
+        return
     begin, end = _share(linear.rows, thread, threads)
-    at, sums = _operands(weights, work, thread), work.sums[thread]
-    factors, biases = work.factors[linear.place], weights.biases
+    at, sums = _operands(weights, work, thread), work.sums[thread, :, :tokens]
+    factors = work.factors[linear.place]
     for row in range(begin, end, STRIP):
         _strip(linear, row, at, tokens)
-        for i in range(min(STRIP, out.shape[1] - base - row)):
-            bias = np.float32(0) if linear.bias < 0 else biases[linear.bias + row + i]
-            for token in range(tokens):
-                out[token, base + row + i] = to_bf16(sums[i, token] * factors[token] + bias)
+        _put(linear, row, STRIP, weights, factors, 0, sums, out, base)
 
 
 @njit(**JIT)
@@ -439,17 +553,21 @@ def step(
     thread: Any, threads: Any, barrier: Any, weights: Any, work: Any, batch: Any, cache: Any
 ) -> None:
     """A thread's share of a batch: from token ids to the last hidden states, in ``work.hidden``."""
+    weights, work, batch, cache = uncounted((weights, work, batch, cache))
     shape, tokens = weights.shape, batch.tokens.shape[0]
     projected = work.projected.reshape(work.projected.shape[0], -1)
     sequences, eps = batch.starts.shape[0] - 1, np.float32(shape.eps)
     own = range(thread, tokens, threads)
+    if tokens >= _TILED:
+        tiles.configure(work.layout.ctypes.data)
     for token in own:
         embed(weights, batch, work.hidden, token, token + 1)
     for layer in range(shape.layers):
         linears = weights.linears[layer]
         for token in own:
             normalize(work.hidden[token], weights.norms[layer, 0], eps, work.normed[token])
-            _round_inputs(linears, _Q, _OUT, token, work.normed[token], work)
+            _round_inputs(linears, _Q, _OUT, token, tokens, work.normed[token], work)
+        _fetch(linears[_Q], weights, thread, threads)
         wait(barrier, threads)
         _project(linears, weights, work, tokens, thread, threads, projected)
         wait(barrier, threads)
@@ -462,21 +580,26 @@ def step(
                 attend(layer, token, sequence, kv_head, weights, work, batch, cache, thread)
         wait(barrier, threads)
         for token in own:
-            _round_inputs(linears, _OUT, _GATE, token, work.attended[token], work)
+            _round_inputs(linears, _OUT, _GATE, token, tokens, work.attended[token], work)
+        _fetch(linears[_OUT], weights, thread, threads)
         wait(barrier, threads)
         _add_to_hidden(linears[_OUT], weights, work, tokens, thread, threads)
         wait(barrier, threads)
         for token in own:
             normalize(work.hidden[token], weights.norms[layer, 1], eps, work.normed[token])
-            _round_inputs(linears, _GATE, _DOWN, token, work.normed[token], work)
+            _round_inputs(linears, _GATE, _DOWN, token, tokens, work.normed[token], work)
+        _fetch(linears[_GATE], weights, thread, threads)
         wait(barrier, threads)
         _activate(linears, weights, work, tokens, thread, threads)
         wait(barrier, threads)
         for token in own:
-            _round_inputs(linears, _DOWN, _END, token, work.activated[token], work)
+            _round_inputs(linears, _DOWN, _END, token, tokens, work.activated[token], work)
+        _fetch(linears[_DOWN], weights, thread, threads)
         wait(barrier, threads)
         _add_to_hidden(linears[_DOWN], weights, work, tokens, thread, threads)
         wait(barrier, threads)
+    if tokens >= _TILED:
+        tiles.release()
 
 
 @njit(**JIT)
@@ -484,8 +607,13 @@ def head(
     thread: Any, threads: Any, barrier: Any, weights: Any, work: Any, hidden: Any, logits: Any
 ) -> None:
     """A thread's share of the logits, BF16 ``[tokens, vocab]``, of BF16 hidden states ``[tokens, hidden]``."""
-    linear, tokens = weights.head[0], hidden.shape[0]
+    weights, work, hidden, logits = uncounted((weights, work, hidden, logits))
+    tokens = hidden.shape[0]
     for token in range(thread, tokens, threads):
-        work.factors[0, token] = round_input(linear, hidden[token], work.inputs[0, token])
+        _round_inputs(weights.head, 0, 1, token, tokens, hidden[token], work)
     wait(barrier, threads)
-    multiply_rows(linear, weights, work, tokens, thread, threads, logits, 0)
+    if tokens >= _TILED:
+        tiles.configure(work.layout.ctypes.data)
+    multiply_rows(weights.head[0], weights, work, tokens, thread, threads, logits, 0)
+    if tokens >= _TILED:
+        tiles.release()

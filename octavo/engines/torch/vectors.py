@@ -9,6 +9,7 @@ included. (As bits of a float32 they would be numbers below 2⁻¹¹⁷, and sub
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ cgutils: Any = _untyped
 
 LANES = 16
 # Bytes of a cache line.
-_LINE = 64
+LINE = 64
 # A decoded E4M3 number times this is the number.
 E4M3_UNIT = 256.0
 # Rows of numbers that are multiplied at a time.
@@ -38,28 +39,28 @@ _BYTE, _HALF_WORD, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
 
 
-def _vector(element: ir.Type) -> ir.VectorType:
+def vector(element: ir.Type) -> ir.VectorType:
     return ir.VectorType(element, LANES)
 
 
 def _splat(element: ir.Type, value: float) -> ir.Constant:
-    return ir.Constant(_vector(element), [value] * LANES)
+    return ir.Constant(vector(element), [value] * LANES)
 
 
 def _decode_e4m3(builder: Any, codes: Any) -> Any:
     """``<16 x i8>`` codes to float32, times 2⁻⁸."""
-    wide = builder.shl(builder.sext(codes, _vector(_HALF_WORD)), _splat(_HALF_WORD, 7))
-    half = builder.bitcast(builder.and_(wide, _splat(_HALF_WORD, 0xBF80)), _vector(ir.HalfType()))
-    return builder.fpext(half, _vector(_FLOAT))
+    wide = builder.shl(builder.sext(codes, vector(_HALF_WORD)), _splat(_HALF_WORD, 7))
+    half = builder.bitcast(builder.and_(wide, _splat(_HALF_WORD, 0xBF80)), vector(ir.HalfType()))
+    return builder.fpext(half, vector(_FLOAT))
 
 
 def _decode_bf16(builder: Any, bits: Any) -> Any:
     """``<16 x i16>`` to float32."""
-    wide = builder.shl(builder.zext(bits, _vector(_WORD)), _splat(_WORD, 16))
-    return builder.bitcast(wide, _vector(_FLOAT))
+    wide = builder.shl(builder.zext(bits, vector(_WORD)), _splat(_WORD, 16))
+    return builder.bitcast(wide, vector(_FLOAT))
 
 
-class _Format(NamedTuple):
+class Format(NamedTuple):
     """How numbers lie in memory."""
 
     element: ir.Type
@@ -67,11 +68,19 @@ class _Format(NamedTuple):
     decode: Callable[[Any, Any], Any]
 
 
-_E4M3 = _Format(_BYTE, 1, _decode_e4m3)
-_BF16 = _Format(_HALF_WORD, 2, _decode_bf16)
+E4M3 = Format(_BYTE, 1, _decode_e4m3)
+_BF16 = Format(_HALF_WORD, 2, _decode_bf16)
 
 
-def _tile(numbers: _Format, rows: int) -> Any:
+def fetch(builder: Any, address: Any) -> None:
+    """Fetch a line into the second-level cache."""
+    pointer = _BYTE.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), _WORD(0), _WORD(2), _WORD(1)])
+
+
+def _tile(numbers: Format, rows: int) -> Any:
     """``tile(at, stride, x, x_stride, columns, out)``: some rows of numbers by ``rows`` rows of float32.
 
     All are int64: addresses, bytes from a row to the next, and columns, a multiple of :data:`LANES`. ``out`` gets
@@ -80,33 +89,26 @@ def _tile(numbers: _Format, rows: int) -> Any:
     height = _HEIGHTS[rows]
 
     def load(builder: Any, address: Any, element: ir.Type, align: int) -> Any:
-        return builder.load(
-            builder.inttoptr(address, ir.PointerType(_vector(element))), align=align
-        )
+        return builder.load(builder.inttoptr(address, ir.PointerType(vector(element))), align=align)
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         at, stride, x, x_stride, columns, out = arguments
         functions = {
             name: cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32")
             for name, kind in {
-                "fma": ir.FunctionType(_vector(_FLOAT), [_vector(_FLOAT)] * 3),
-                "vector.reduce.fadd": ir.FunctionType(_FLOAT, [_FLOAT, _vector(_FLOAT)]),
+                "fma": ir.FunctionType(vector(_FLOAT), [vector(_FLOAT)] * 3),
+                "vector.reduce.fadd": ir.FunctionType(_FLOAT, [_FLOAT, vector(_FLOAT)]),
             }.items()
         }
         number = [builder.add(at, builder.mul(stride, _LONG(row))) for row in range(height)]
         factor = [builder.add(x, builder.mul(x_stride, _LONG(row))) for row in range(rows)]
-        prefetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD]),
-            "llvm.prefetch.p0",
-        )
         entry = builder.block
         body, after = (builder.append_basic_block(name) for name in ("tile", "after"))
         builder.branch(body)
 
         builder.position_at_end(body)
         column = builder.phi(_LONG)
-        sums = [[builder.phi(_vector(_FLOAT)) for _ in factor] for _ in number]
+        sums = [[builder.phi(vector(_FLOAT)) for _ in factor] for _ in number]
         offset, x_offset = (builder.mul(column, _LONG(size)) for size in (numbers.nbytes, 4))
         left = [
             numbers.decode(builder, load(builder, builder.add(one, offset), numbers.element, 1))
@@ -116,9 +118,8 @@ def _tile(numbers: _Format, rows: int) -> Any:
         ahead = builder.add(
             builder.add(at, builder.mul(stride, _LONG(height))), builder.mul(offset, _LONG(height))
         )
-        for line in range(0, height * LANES * numbers.nbytes, _LINE):
-            place = builder.inttoptr(builder.add(ahead, _LONG(line)), _BYTE.as_pointer())
-            builder.call(prefetch, [place, _WORD(0), _WORD(2), _WORD(1)])
+        for line in range(0, height * LANES * numbers.nbytes, LINE):
+            fetch(builder, builder.add(ahead, _LONG(line)))
         right = [load(builder, builder.add(one, x_offset), _FLOAT, 4) for one in factor]
         added = [
             [
@@ -152,7 +153,7 @@ def _tile(numbers: _Format, rows: int) -> Any:
 
 
 _TILES = {
-    (numbers.nbytes, rows): _tile(numbers, rows) for numbers in (_E4M3, _BF16) for rows in _HEIGHTS
+    (numbers.nbytes, rows): _tile(numbers, rows) for numbers in (E4M3, _BF16) for rows in _HEIGHTS
 }
 (_e1, _e2, _e3, _e4, _e5, _e6, _e7, _e8), (_b1, _b2, _b3, _b4, _b5, _b6, _b7, _b8) = (
     [_TILES[nbytes, rows] for rows in _HEIGHTS] for nbytes in (1, 2)
@@ -197,6 +198,19 @@ def _tile_of(
         _b2(at, stride, x, x_stride, columns, out)
     else:
         _b1(at, stride, x, x_stride, columns, out)
+
+
+def _prefetch_codegen(_: Any, address: Any) -> Any:
+    """Have a cache line fetched from an address, which need not be anybody's."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        fetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+prefetch: Any = intrinsic(_prefetch_codegen)
 
 
 def _load_codegen(_: Any, address: Any) -> Any:
@@ -271,7 +285,7 @@ def multiply(
                     store(place + j * sums_step, load(place + j * sums_step) + product)
 
 
-def _mixture(numbers: _Format, rows: int) -> Any:
+def _mixture(numbers: Format, rows: int) -> Any:
     """``mix(at, stride, count, shares, shares_stride, out, out_stride)``: mixtures of rows of numbers.
 
     All are int64. :data:`LANES` columns of ``count`` rows of numbers at an address, each times its share, are added to
@@ -280,15 +294,14 @@ def _mixture(numbers: _Format, rows: int) -> Any:
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         at, stride, count, shares, shares_stride, out, out_stride = arguments
-        kind = ir.FunctionType(_vector(_FLOAT), [_vector(_FLOAT)] * 3)
+        kind = ir.FunctionType(vector(_FLOAT), [vector(_FLOAT)] * 3)
         fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
 
         def pointer(base: Any, offset: Any, element: ir.Type) -> Any:
             return builder.inttoptr(builder.add(base, offset), ir.PointerType(element))
 
         places = [
-            pointer(out, builder.mul(out_stride, _LONG(row)), _vector(_FLOAT))
-            for row in range(rows)
+            pointer(out, builder.mul(out_stride, _LONG(row)), vector(_FLOAT)) for row in range(rows)
         ]
         before = [builder.load(place, align=4) for place in places]
         entry = builder.block
@@ -297,8 +310,8 @@ def _mixture(numbers: _Format, rows: int) -> Any:
 
         builder.position_at_end(body)
         index = builder.phi(_LONG)
-        sums = [builder.phi(_vector(_FLOAT)) for _ in places]
-        stored = pointer(at, builder.mul(stride, index), _vector(numbers.element))
+        sums = [builder.phi(vector(_FLOAT)) for _ in places]
+        stored = pointer(at, builder.mul(stride, index), vector(numbers.element))
         value = numbers.decode(builder, builder.load(stored, align=1))
         added = []
         for row, total in enumerate(sums):
@@ -306,7 +319,7 @@ def _mixture(numbers: _Format, rows: int) -> Any:
                 builder.mul(shares_stride, _LONG(row)), builder.mul(index, _LONG(4))
             )
             share = builder.load(pointer(shares, offset, _FLOAT), align=4)
-            first = builder.insert_element(ir.Constant(_vector(_FLOAT), None), share, _WORD(0))
+            first = builder.insert_element(ir.Constant(vector(_FLOAT), None), share, _WORD(0))
             everywhere = builder.shuffle_vector(first, first, _splat(_WORD, 0))
             added.append(builder.call(fma, [value, everywhere, total]))
         following = builder.add(index, _LONG(1))
@@ -337,7 +350,7 @@ def _mixture(numbers: _Format, rows: int) -> Any:
     return intrinsic(mix)
 
 
-_mix_e4, _mix_e1 = (_mixture(_E4M3, rows) for rows in (4, 1))
+_mix_e4, _mix_e1 = (_mixture(E4M3, rows) for rows in (4, 1))
 _mix_b4, _mix_b1 = (_mixture(_BF16, rows) for rows in (4, 1))
 
 
@@ -400,6 +413,86 @@ def _decoded_codegen(_: Any, code: Any) -> Any:
 decoded: Any = intrinsic(_decoded_codegen)
 
 
+def _to_bf16_codegen(_: Any, at: Any, count: Any, out: Any) -> Any:
+    """``count`` E4M3 codes at an address, a multiple of :data:`LANES`, as the BF16 numbers they are."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        at, count, out = arguments
+        entry = builder.block
+        body, after = (builder.append_basic_block(name) for name in ("decode", "after"))
+        builder.branch(body)
+
+        builder.position_at_end(body)
+        index = builder.phi(_LONG)
+        place = builder.inttoptr(builder.add(at, index), ir.PointerType(vector(_BYTE)))
+        number = builder.fmul(
+            _decode_e4m3(builder, builder.load(place, align=1)), _splat(_FLOAT, E4M3_UNIT)
+        )
+        # Exact: an E4M3 number has fewer bits than a BF16 one.
+        upper = builder.lshr(builder.bitcast(number, vector(_WORD)), _splat(_WORD, 16))
+        target = builder.add(out, builder.mul(index, _LONG(2)))
+        builder.store(
+            builder.trunc(upper, vector(_HALF_WORD)),
+            builder.inttoptr(target, ir.PointerType(vector(_HALF_WORD))),
+            align=2,
+        )
+        following = builder.add(index, _LONG(LANES))
+        index.add_incoming(_LONG(0), entry)
+        index.add_incoming(following, body)
+        builder.cbranch(builder.icmp_signed("<", following, count), body, after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+_to_bf16: Any = intrinsic(_to_bf16_codegen)
+
+
+@njit(**JIT)
+def decode_codes(at: Any, count: Any, out: Any) -> None:
+    """E4M3 codes as the BF16 numbers they are; NaN is not among them.
+
+    Args:
+        at: their address.
+        count: how many, a multiple of :data:`LANES`.
+        out: address of as many BF16.
+    """
+    if count > 0:
+        _to_bf16(at, count, out)
+
+
+def _without_counts(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    members = getattr(kind, "types", None)
+    if members is not None:
+        parts = [
+            _without_counts(context, builder, one, builder.extract_value(value, index))
+            for index, one in enumerate(members)
+        ]
+        return context.make_tuple(builder, kind, parts)
+    if not isinstance(kind, types.Array):
+        return value
+    array = context.make_array(kind)(context, builder, value)
+    for field in ("meminfo", "parent"):
+        setattr(array, field, ir.Constant(getattr(array, field).type, None))
+    return array._getvalue()
+
+
+def _uncounted_codegen(_: Any, value: Any) -> Any:
+    """A tuple whose arrays do not count who uses them: the caller keeps them alive.
+
+    Every view of an array in compiled code counts it, with an atomic addition that the other threads wait for.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _without_counts(context, builder, signature.args[0], arguments[0])
+
+    return value(value), codegen
+
+
+uncounted: Any = intrinsic(_uncounted_codegen)
+
+
 def _atomic_add_codegen(_: Any, array: Any, index: Any, value: Any) -> Any:
     """Add to an element of an int64 array, seen by all threads; the value before."""
 
@@ -421,6 +514,20 @@ def _atomic_load_codegen(_: Any, array: Any, index: Any) -> Any:
     return types.int64(array, types.int64), codegen
 
 
+def _pause_codegen(_: Any) -> Any:
+    """Let the core's other thread go first, where cores have two."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        if platform.machine() == "x86_64":
+            kind = ir.FunctionType(ir.VoidType(), [])
+            name = "llvm.x86.sse2.pause"
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+_pause: Any = intrinsic(_pause_codegen)
 _atomic_add: Any = intrinsic(_atomic_add_codegen)
 _atomic_load: Any = intrinsic(_atomic_load_codegen)
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
@@ -429,7 +536,7 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _ARRIVED, _ROUND, _BROKEN = 0, 16, 32
 BARRIER_SIZE = 48
 # Looks at the barrier before the core is offered to others.
-_SPINS = 2000
+_SPINS = 500
 
 
 @njit(**JIT)
@@ -448,6 +555,7 @@ def wait(barrier: Any, threads: Any) -> None:
     spins = 0
     while _atomic_load(barrier, _ROUND) == now and _atomic_load(barrier, _BROKEN) == 0:
         spins += 1
+        _pause()
         if spins > _SPINS:
             _sched_yield()
 

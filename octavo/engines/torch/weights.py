@@ -213,7 +213,13 @@ class _Loader:
         """All that was planned: the rows of :data:`LINEAR`, by name."""
         self.arena = huge_pages(self._end)
         for name, row in self._rows.items():
-            self._fill(row, self._edition.read(f"{name}.weight"))
+            weight = self._edition.read(f"{name}.weight")
+            if row["nbytes"] == 1 and (weight.view(torch.uint8) & 0x7F == 0x7F).any():
+                raise OctavoError(
+                    f"tensor '{name}.weight' in {self._edition.file_of(f'{name}.weight')} holds NaN; "
+                    "expected numbers. The edition is damaged: quantize the original checkpoint again."
+                )
+            self._fill(row, weight)
             self._describe(row, name)
         return self._rows
 

@@ -1,0 +1,1 @@
+"""The embedded engine behind an OpenAI-compatible API: ``python -m octavo.api CHECKPOINT``."""
