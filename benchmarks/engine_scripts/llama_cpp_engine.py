@@ -1,4 +1,10 @@
-"""llama.cpp by its C interface (llama-cpp-python): a GGUF file, all prompts in one batch."""
+"""llama.cpp by its C interface (llama-cpp-python): a GGUF file, all prompts in one batch.
+
+Version 0.3.36 crashes in its AMX kernels for 8-bit weights on some machines. Build it without them:
+
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON" \
+        pip install llama-cpp-python
+"""
 
 import os
 import sys

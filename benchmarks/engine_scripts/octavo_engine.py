@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 
 from benchmarks.engine_scripts.loop import answer
+from octavo.allocator import keep_freed_memory
 from octavo.engines.torch import Request, Sampling, open_runner
 
+# As Octavo's program begins.
+keep_freed_memory()
 runner = open_runner(Path(sys.argv[1]), "cpu", max_tokens=2048)
 
 
