@@ -258,7 +258,7 @@ class TestDecoder:
         limit = 1e-4 + 2 * divergence(expected, torch.log_softmax(theirs, dim=-1))
         with closing(open_decoder(path, threads=2)) as decoder:
             assert len(ids) > FEW
-            for chunk in (len(ids), FEW + 1, 5, 1):
+            for chunk in (len(ids), FEW + 1, 20, 5, 1):
                 assert divergence(expected, log_probabilities(decoder, ids, chunk)) < limit
 
     def test_in_any_blocks(self, decoder: CpuDecoder) -> None:
