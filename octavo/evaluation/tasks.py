@@ -149,6 +149,7 @@ def _perplexity(job: _Job) -> PerplexityResult:
 def _divergence(job: _Job) -> DivergenceResult:
     if job.reference is None:
         raise OctavoError("The task kl compares two models: pass the other one as --reference.")
+    _check_whole(job.engine)
     tokens = load_tokens(_needed(job, "FILE or wikitext2"), job.reference)
     with (
         job.journal(tokens.numpy().data, "seq_len") as journal,
@@ -166,14 +167,18 @@ def _divergence(job: _Job) -> DivergenceResult:
         )
 
 
-def _open_whole(job: _Job, model: Path) -> DistributionEngine:
-    """An engine that gives whole distributions."""
-    check_engine(job.engine)
-    if job.engine == "vllm":
+def _check_whole(engine: str) -> None:
+    """Raise unless an engine gives whole distributions, before anything is read."""
+    if engine == "vllm":
         raise OctavoError(
-            f"The task kl needs whole distributions, which the engine {job.engine} does not give. "
+            f"The task kl needs whole distributions, which the engine {engine} does not give. "
             "Use --engine transformers."
         )
+    check_engine(engine)
+
+
+def _open_whole(job: _Job, model: Path) -> DistributionEngine:
+    """An engine that gives whole distributions."""
     engine = open_engine(job.engine, model, job.device)
     assert isinstance(engine, DistributionEngine)
     return engine
