@@ -148,7 +148,7 @@ def test_memory_is_that_of_a_few_tensors(options: dict[str, Any], tmp_path: Path
     model = tiny.build(
         "llama",
         tmp_path / "model",
-        layers=3,
+        layers=6,
         hidden_size=1024,
         intermediate_size=4096,
         num_attention_heads=16,
@@ -177,9 +177,9 @@ print(peak() - before)
         check=True,
     )
     largest = 1024 * 4096
-    assert first.joinpath("model.safetensors").stat().st_size > 9 * largest
+    assert first.joinpath("model.safetensors").stat().st_size > 18 * largest
     # Codes before and after, and what they are decoded through; the allocator keeps some.
-    assert int(ran.stdout) < 8 * largest, (
+    assert int(ran.stdout) < 12 * largest, (
         f"{int(ran.stdout) / largest:.1f} times the largest tensor"
     )
 

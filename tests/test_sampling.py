@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
@@ -189,6 +189,7 @@ class TestProbabilities:
         results = [after(asked, [1], [1] * count) for count in range(4)]
         assert [one.token for one in outputs(logits.expand(4, -1), results)] == [1, 1, 0, 0]
 
+    @example([0] * 8 + [1, 1], 8, 0.5, 0)  # the share is of more than the first few
     @given(
         st.lists(st.integers(0, 2), min_size=10, max_size=40),
         st.integers(0, 41),

@@ -227,10 +227,11 @@ def _draw_of_best(scores: Tensor, rows: Sequence[Choices]) -> Tensor:
         tokens[left] = ids.gather(1, _pick(weights, asking).unsqueeze(1)).squeeze(1)
         if width >= scores.shape[1]:
             break
-        # Tokens that are equal to the last one may be missing.
+        # Tokens that are equal to the last one may be missing, and some of those that top-p is a share of.
         lowest = values.masked_fill(weights == 0, math.inf).amin(dim=-1)
-        unsure = (lowest <= values[:, -1]).tolist()
-        left = [index for index, again in zip(left, unsure, strict=True) if again]
+        unsure = lowest <= values[:, -1]
+        unsure |= _column(unsure, (one.sampling.top_k > width for one in asking)).squeeze(1)
+        left = [index for index, again in zip(left, unsure.tolist(), strict=True) if again]
         if not left:
             break
     return tokens
