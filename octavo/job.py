@@ -183,7 +183,9 @@ def hidden_shape(job: Job, tokens: Tensor, settings: Settings) -> HiddenShape:
     """How the calibration samples ``[samples, seq_len]`` go through the model."""
     samples, seq_len = tokens.shape
     batches = batch_sizes(samples, seq_len, settings.batch_tokens)
-    return HiddenShape(batches, seq_len, job.decoder.config.hidden_size, job.decoder.dtype)
+    # Learning takes the original model's beside the quantized one's.
+    streams = 2 if job.scheme.rounding == "learned" else 1
+    return HiddenShape(batches, seq_len, job.decoder.config.hidden_size, job.decoder.dtype, streams)
 
 
 def _plan_layer(decoder: Decoder, index: int, scheme: Scheme) -> LayerPlan:

@@ -15,7 +15,7 @@ from octavo.errors import OctavoError
 
 Granularity: TypeAlias = Literal["tensor", "channel", "block"]
 Inputs: TypeAlias = Literal["static", "dynamic"]
-Rounding: TypeAlias = Literal["nearest", "gptq"]
+Rounding: TypeAlias = Literal["nearest", "gptq", "learned"]
 Scales: TypeAlias = Literal["amax", "mse", "percentile"]
 
 # Rows and columns of a weight block, and elements of an input's group.
@@ -46,8 +46,9 @@ class Scheme(BaseModel):
             a linear layer that matches any of them keeps its dtype.
         merge_scales: give q/k/v and gate/up one shared weight scale, as engines that fuse them
             into one matrix product want it.
-        rounding: how weights become E4M3 numbers: each to its ``nearest``, or by :mod:`octavo.rounding.gptq`,
-            which looks at the layer's inputs. It changes no format.
+        rounding: how weights become E4M3 numbers: each to its ``nearest``; by :mod:`octavo.rounding.gptq`,
+            which looks at the layer's inputs; or ``learned`` from there on what comes out of the decoder layer
+            (:mod:`octavo.reconstruction`). It changes no format.
         scales: what the static scales of inputs, keys and values are taken from: the largest magnitude
             (``amax``), or as :mod:`octavo.calibration.ranges` has it. It changes no format either.
     """

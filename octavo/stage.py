@@ -16,14 +16,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from octavo import canonical
+from octavo import canonical, fp8
 from octavo.calibration import CalibrationStream
 from octavo.checkpoint import CheckpointWriter, Journal
 from octavo.job import Job
 from octavo.loading import fp8_caches, fp8_linears
 from octavo.memory import WAITING, release
+from octavo.reconstruction import reconstruct
 from octavo.rounding import gptq
 from octavo.stopwatch import Stopwatch
 from octavo.transfer import carry_tensors, meta
@@ -189,9 +190,7 @@ class Stage(NamedTuple):
         layers = self.passes[number]
         at_end = number + 1 == len(self.passes)
         dropped = at_end and not self.keep_states
-        with self.clock("wait for disk"):
-            # What this pass writes over is what a resumed run would begin with until then.
-            lane.calibrated.result()
+        self._wait_for_place(lane)
         maxima = dict(known)
         if not (known and dropped):
             watched = [one for index in layers for one in canonical.inputs(self.job.plans[index])]
@@ -258,15 +257,21 @@ class Stage(NamedTuple):
         units = canonical.units(plan, self.job.dialect.fuses)
         with self.clock("calibrate"):
             decoder.load(index, tensors)
+        linears = decoder.linears(index)
+        learns = scheme.rounding == "learned"
+        if learns:
+            self._wait_for_place(lane)
+            with self.clock("calibrate"):
+                self.stream.follow(number, index)
+        waiting: list[_Folded] = []
         for turn in canonical.turns(plan):
             cached = scheme.kv_cache == "fp8" and any(name.endswith("k_proj") for name in turn)
             if not cached and not amax.keys() & set(turn):
                 continue
             after = next((name for name in plan.attention if not turn[0].startswith(name)), None)
             if after is not None:
-                with self.clock("wait for disk"):
-                    # What is kept of it goes where a resumed run would begin until then.
-                    lane.calibrated.result()
+                # What is kept of it goes where the hidden states behind this pass will.
+                self._wait_for_place(lane)
             with self.clock("calibrate"):
                 inputs = self.stream.look(number, index, turn, cache=cached, after=after)
             activations |= inputs.ranges
@@ -277,12 +282,17 @@ class Stage(NamedTuple):
                 units.remove(unit)
                 self.before_unit()
                 with self.clock("round"):
-                    folded, noise = canonical.quantize_unit(
-                        unit, tensors, amax, activations, scheme, casts.map, feedback
+                    folded = _Folded(
+                        *canonical.quantize_unit(
+                            unit, tensors, amax, activations, scheme, casts.map, feedback
+                        )
                     )
-                for module, fp8_linear in fp8_linears(decoder.linears(index), folded).items():
+                for module, fp8_linear in fp8_linears(linears, folded.tensors).items():
                     decoder.replace(index, module, fp8_linear)
-                output.put(folded, noise)
+                if learns:
+                    waiting.append(folded)
+                else:
+                    output.put(*folded)
             # Before there are others.
             del feedback
             if cached:
@@ -290,12 +300,72 @@ class Stage(NamedTuple):
                 for block, fp8_cache in fp8_caches(plan.attention, scales).items():
                     decoder.replace(index, f"{block}.kv_cache", fp8_cache)
                 output.put(scales)
+        if learns:
+            self._learn(number, linears, tensors, waiting)
+        for folded in waiting:
+            output.put(*folded)
         for unit in units:
             output.put(canonical.quantize_unit(unit, tensors, amax, activations, scheme)[0])
         # Before the pass, which a run that finds the layer unfinished has to do again.
         output.finish(index, maxima)
         self._move_on(number, activations, lane, on_batch)
         decoder.unload(index)
+
+    def _learn(
+        self,
+        number: int,
+        linears: Mapping[str, nn.Linear],
+        tensors: Mapping[str, Tensor],
+        folded: Sequence[_Folded],
+    ) -> None:
+        """Learn the codes of the one layer of a pass, from those it computes with; they take the others' places.
+
+        Args:
+            number: of the pass.
+            linears: the layer's original linear layers, by name.
+            tensors: the layer's, as stored in the checkpoint.
+            folded: what was quantized of it.
+        """
+        assert self.stream is not None
+        (index,) = self.passes[number]
+        decoder = self.job.decoder
+        whole = {name: tensor for one in folded for name, tensor in one.tensors.items()}
+        prefix = f"{decoder.layer_name(index)}."
+        quantized = {
+            name: (name.removeprefix(prefix), linear)
+            for name, linear in linears.items()
+            if f"{name}.weight_scale" in whole
+        }
+        if not quantized:
+            return
+        with self.clock("learn"):
+            found = reconstruct(
+                decoder.layers[index],
+                quantized,
+                whole,
+                self.stream.examples(number, index),
+                self.stream.over,
+            )
+            for one in folded:
+                for name in one.errors:
+                    weight = f"{name}.weight"
+                    one.tensors[weight] = found.codes[name]
+                    scale = one.tensors[f"{weight}_scale"]
+                    error = fp8.measure(tensors[weight], found.codes[name], scale)
+                    one.errors[name] = {
+                        **error._asdict(),
+                        "damping": one.errors[name]["damping"],
+                        "learned_codes": found.changed[name],
+                        "block_loss_before": found.before,
+                        "block_loss": found.after,
+                    }
+                for module, fp8_linear in fp8_linears(linears, one.tensors).items():
+                    decoder.replace(index, module, fp8_linear)
+
+    def _wait_for_place(self, lane: _Lane) -> None:
+        """Wait until what lies behind a pass is no longer what a resumed run would begin with."""
+        with self.clock("wait for disk"):
+            lane.calibrated.result()
 
     def _read(self, todo: Sequence[int]) -> Generator[dict[str, Tensor], None, None]:
         """The tensors of each pass to do; with read-ahead, the next pass is read meanwhile.
@@ -343,6 +413,13 @@ class Stage(NamedTuple):
                 if ahead and position + 1 < len(todo):
                     upcoming = reads.submit(read, position + 1)
                 yield tensors
+
+
+class _Folded(NamedTuple):
+    """Canonical tensors that are stored together, and what rounding did to each weight among them."""
+
+    tensors: dict[str, Tensor]
+    errors: dict[str, dict[str, Any]]
 
 
 class _Output:

@@ -6,6 +6,7 @@ from octavo.calibration.stream import (
     BATCH_TOKENS,
     MOMENT_TOKENS,
     CalibrationStream,
+    Examples,
     batches_at_once,
 )
 from octavo.calibration.tokens import Calibration, load_tokens
@@ -16,6 +17,7 @@ __all__ = [
     "MOMENT_TOKENS",
     "Calibration",
     "CalibrationStream",
+    "Examples",
     "HiddenShape",
     "HiddenStates",
     "batch_sizes",

@@ -6,6 +6,8 @@ run finds them again. While there is memory to spare, the system's page cache ma
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,16 +29,22 @@ class HiddenShape(NamedTuple):
         seq_len: tokens in each sample.
         width: elements of a token's hidden state.
         dtype: theirs.
+        streams: hidden states of each token, side by side: those of one model, or of several.
     """
 
     batches: tuple[int, ...]
     seq_len: int
     width: int
     dtype: torch.dtype
+    streams: int = 1
+
+    def batch(self, index: int) -> tuple[int, ...]:
+        """The shape of one batch: ``[streams, samples, seq_len, width]``."""
+        return self.streams, self.batches[index], self.seq_len, self.width
 
     def batch_bytes(self, index: int) -> int:
         """Bytes of one batch."""
-        return self.batches[index] * self.seq_len * self.width * self.dtype.itemsize
+        return math.prod(self.batch(index)) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -75,20 +83,64 @@ class HiddenStates:
         for index in range(len(shape.batches)):
             starts.append(starts[-1] + shape.batch_bytes(index))
         self._starts: Sequence[int] = starts
-        self._digests: dict[int, str] = {}
+        self._digests: dict[tuple[int, int], str] = {}
         with explained(target, shape.nbytes):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             os.posix_fallocate(self._descriptor, 0, max(shape.nbytes, 1))
             sync(path.parent)
 
-    def read(self, index: int) -> Tensor:
-        """Batch ``index``: ``[samples, seq_len, width]``."""
-        result = torch.empty(
-            (self.shape.batches[index], self.shape.seq_len, self.shape.width),
-            dtype=self.shape.dtype,
-        )
-        view = result.view(-1).view(torch.uint8).numpy().data
-        position = self._starts[index]
+    def read(self, index: int, stream: int = 0) -> Tensor:
+        """Batch ``index`` of a stream: ``[samples, seq_len, width]``."""
+        shape = self.shape.batch(index)[1:]
+        return self._read(shape, self._start(index, stream))
+
+    def read_all(self, index: int) -> Tensor:
+        """Batch ``index`` of all streams: ``[streams, samples, seq_len, width]``."""
+        return self._read(self.shape.batch(index), self._starts[index])
+
+    def write(self, index: int, batch: Tensor, stream: int = 0) -> None:
+        """Put batch ``index`` of a stream, on the CPU, in its place."""
+        data = _bytes(batch.contiguous())
+        self._digests[index, stream] = xxhash.xxh3_64_hexdigest(data)
+        with explained(self._target, self.shape.nbytes):
+            write_at(self._descriptor, data, self._start(index, stream))
+
+    def write_all(self, index: int, batch: Tensor) -> None:
+        """Put batch ``index`` of all streams in its place."""
+        for stream, one in enumerate(batch):
+            self.write(index, one, stream)
+
+    def sync(self) -> None:
+        """Bring what has been written so far to the disk."""
+        with explained(self._target, self.shape.nbytes):
+            os.fdatasync(self._descriptor)
+
+    def digest(self) -> str:
+        """A digest of what was written last to each batch, for :meth:`holds`."""
+        parts = [self._digests[place] for place in self._places()]
+        return xxhash.xxh3_128_hexdigest("".join(parts).encode())
+
+    def holds(self, digest: str) -> bool:
+        """Whether the file holds what :meth:`digest` was taken of."""
+        for place in self._places():
+            self._digests[place] = xxhash.xxh3_64_hexdigest(_bytes(self.read(*place)))
+        return self.digest() == digest
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Every batch of every stream."""
+        shape = self.shape
+        return list(itertools.product(range(len(shape.batches)), range(shape.streams)))
+
+    def _start(self, index: int, stream: int) -> int:
+        return self._starts[index] + stream * self.shape.batch_bytes(index) // self.shape.streams
+
+    def _read(self, shape: tuple[int, ...], position: int) -> Tensor:
+        result = torch.empty(shape, dtype=self.shape.dtype)
+        view = _bytes(result)
         while view:
             count = os.preadv(self._descriptor, [view], position)
             if not count:
@@ -99,30 +151,7 @@ class HiddenStates:
             view, position = view[count:], position + count
         return result
 
-    def write(self, index: int, batch: Tensor) -> None:
-        """Put batch ``index``, on the CPU, in its place."""
-        data = batch.contiguous().view(-1).view(torch.uint8).numpy().data
-        self._digests[index] = xxhash.xxh3_64_hexdigest(data)
-        with explained(self._target, self.shape.nbytes):
-            write_at(self._descriptor, data, self._starts[index])
 
-    def sync(self) -> None:
-        """Bring what has been written so far to the disk."""
-        with explained(self._target, self.shape.nbytes):
-            os.fdatasync(self._descriptor)
-
-    def digest(self) -> str:
-        """A digest of what was written last to each batch, for :meth:`holds`."""
-        parts = [self._digests[index] for index in range(len(self.shape.batches))]
-        return xxhash.xxh3_128_hexdigest("".join(parts).encode())
-
-    def holds(self, digest: str) -> bool:
-        """Whether the file holds what :meth:`digest` was taken of."""
-        for index in range(len(self.shape.batches)):
-            data = self.read(index).view(-1).view(torch.uint8).numpy().data
-            self._digests[index] = xxhash.xxh3_64_hexdigest(data)
-        return self.digest() == digest
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+def _bytes(tensor: Tensor) -> memoryview:
+    data: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,6 +18,7 @@ from octavo.calibration.moments import SecondMoments
 from octavo.calibration.observers import Observer
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
+from octavo.fp8 import Map
 from octavo.fused import fused_kernels
 from octavo.scheme import Scales
 
@@ -51,6 +52,20 @@ class Inputs(NamedTuple):
     moments: Tensor
 
 
+class Examples(NamedTuple):
+    """What a layer should make of what.
+
+    Attributes:
+        read: gives inputs and targets of a batch, each ``[samples, seq_len, hidden_size]``.
+        batches: how many there are.
+        arguments: what the layer is called with beside its input.
+    """
+
+    read: Callable[[int], tuple[Tensor, Tensor]]
+    batches: int
+    arguments: Mapping[str, Any]
+
+
 class _Reached(Exception):  # noqa: N818 (nothing is wrong)
     """A forward pass has come as far as it is needed."""
 
@@ -58,7 +73,8 @@ class _Reached(Exception):  # noqa: N818 (nothing is wrong)
 class CalibrationStream:
     """The calibration samples' hidden states between decoder layers.
 
-    They belong to the unquantized model: every layer computes with its original weights. Two files take
+    They belong to the unquantized model, or to the quantized one if layers are replaced before the samples move on;
+    with two streams, the first is the unquantized model's and the second the quantized one's. Two files take
     turns: a pass reads one and writes the other. A context manager: it holds the files, and threads.
     """
 
@@ -83,10 +99,12 @@ class CalibrationStream:
             scales: what they are taken from.
             workers: batches at a time.
             before_batch: called before each of them, in each pass.
-            source: gives the batches that go into the first pass, in the place of :meth:`embed`.
+            source: gives the batches that go into the first pass, of all streams, in the place of :meth:`embed`.
         """
         self._decoder, self._source, self._before_batch = decoder, source, before_batch
         self._scales = scales
+        # The stream that is looked at: the only one, or the quantized model's.
+        self._last = shape.streams - 1
         # The batch that a thread computes, and the attention block whose output is kept.
         self._current = threading.local()
         self._kept: str | None = None
@@ -124,14 +142,15 @@ class CalibrationStream:
         """
         batches = torch.split(tokens, list(self._states[0].shape.batches))
         for index, hidden in enumerate(self._decoder.embed(batches)):
-            self._states[0].write(index, hidden.cpu())
+            for stream in range(self._states[0].shape.streams):
+                self._states[0].write(index, hidden.cpu(), stream)
 
     def receive(self) -> None:
         """Take all batches from the source into the place in front of the first pass, to be read more than once."""
         assert self._source is not None
         source, self._source = self._source, None
         for index in range(len(self._states[0].shape.batches)):
-            self._states[0].write(index, source(index))
+            self._states[0].write_all(index, source(index))
 
     def states(self, place: int) -> HiddenStates:
         """The hidden states behind pass number ``place - 1`` and in front of number ``place``."""
@@ -163,8 +182,8 @@ class CalibrationStream:
             OctavoError: an activation is NaN or infinite.
         """
         modules = [self._decoder.layers[index] for index in layers]
-        source = self._source if self._source and not place else self.states(place).read
-        target = self.states(place + 1)
+        source = self._read_source if self._source and not place else self.states(place).read
+        stream, target = self._last, self.states(place + 1)
         device = self._decoder.device
 
         @torch.inference_mode()
@@ -172,11 +191,11 @@ class CalibrationStream:
             self._before_batch()
             self._current.batch = index
             with _own_stream(device):
-                hidden = source(index).to(device, non_blocking=True)
+                hidden = source(index, stream).to(device, non_blocking=True)
                 for module, number in zip(modules, layers, strict=True):
                     hidden = module(hidden, **self._kwargs[number])
                 if not last:
-                    target.write(index, hidden.cpu())
+                    target.write(index, hidden.cpu(), stream)
             on_batch(index)
 
         with ExitStack() as contexts:
@@ -191,6 +210,51 @@ class CalibrationStream:
                 self._kept = None
             self._all_batches(step, target, last)
         return self._ranges(observer)
+
+    def follow(self, place: int, layer: int) -> None:
+        """Move the unquantized model's hidden states through a loaded layer, which has its original weights.
+
+        Args:
+            place: number of the pass.
+            layer: which.
+        """
+        module, target = self._decoder.layers[layer], self.states(place + 1)
+
+        @torch.inference_mode()
+        def step(index: int) -> None:
+            self._before_batch()
+            with _own_stream(self._decoder.device):
+                hidden = self._inputs(place, index, 0)
+                target.write(index, module(hidden, **self._kwargs[layer]).cpu(), 0)
+
+        with fused_kernels(module):
+            deque(self._pool.map(step, range(len(target.shape.batches))), maxlen=0)
+
+    def examples(self, place: int, layer: int) -> Examples:
+        """What the quantized model gives a layer, and what it should make of it: what :meth:`follow` has.
+
+        Args:
+            place: number of the pass.
+            layer: which.
+        """
+
+        def read(index: int) -> tuple[Tensor, Tensor]:
+            self._before_batch()
+            return self._inputs(place, index, self._last), self._inputs(place + 1, index, 0)
+
+        return Examples(read, len(self._states[0].shape.batches), self._kwargs[layer])
+
+    @property
+    def over(self) -> Map:
+        """Applies a function to batches, one on each core."""
+        return self._pool.map
+
+    def _inputs(self, place: int, index: int, stream: int) -> Tensor:
+        return self.states(place).read(index, stream).to(self._decoder.device, non_blocking=True)
+
+    def _read_source(self, index: int, stream: int) -> Tensor:
+        assert self._source is not None
+        return self._source(index)[stream]
 
     def look(
         self, place: int, layer: int, names: Sequence[str], *, cache: bool, after: str | None = None
@@ -227,8 +291,7 @@ class CalibrationStream:
             self._before_batch()
             self._current.batch = index
             with _own_stream(device), suppress(_Reached):
-                hidden = self.states(place).read(index).to(device, non_blocking=True)
-                module(hidden, **self._kwargs[layer])
+                module(self._inputs(place, index, self._last), **self._kwargs[layer])
             inputs: Tensor = seen.inputs
             return inputs
 
@@ -266,11 +329,10 @@ class CalibrationStream:
         block, states = blocks[name], self.states(place + 1)
 
         def keep(_: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
-            states.write(self._current.batch, output[0].cpu())
+            states.write(self._current.batch, output[0].cpu(), self._last)
 
         def give(*_: Any, **__: Any) -> tuple[Tensor, None]:
-            kept = states.read(self._current.batch)
-            return kept.to(self._decoder.device, non_blocking=True), None
+            return self._inputs(place + 1, self._current.batch, self._last), None
 
         if self._kept != name:
             hook = block.register_forward_hook(keep)

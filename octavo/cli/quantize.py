@@ -30,6 +30,7 @@ class KvCache(StrEnum):
 class Rounding(StrEnum):
     nearest = "nearest"
     gptq = "gptq"
+    learned = "learned"
 
 
 class Scales(StrEnum):

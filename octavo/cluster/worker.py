@@ -109,7 +109,7 @@ class Worker:
         with self._changed:
             self._changed.wait_for(lambda: index in self._batches)
         assert self._states is not None
-        return self._states.read(index).view(-1).view(torch.uint8).numpy()
+        return self._states.read_all(index).view(-1).view(torch.uint8).numpy()
 
     def report(self) -> Report:
         """How far it is, once it has begun."""
@@ -210,7 +210,7 @@ class _Ahead:
         self._lock = threading.Lock()
 
     def read(self, index: int) -> Tensor:
-        """Batch ``index``: ``[samples, seq_len, width]``."""
+        """Batch ``index``: ``[streams, samples, seq_len, width]``."""
         import ray
 
         with self._lock:
@@ -222,9 +222,7 @@ class _Ahead:
         with self._lock:
             # Done with: its memory in Ray's store is free again. None keeps it from being asked anew.
             self._asked[index] = None
-        return data.view(self._shape.dtype).view(
-            self._shape.batches[index], self._shape.seq_len, self._shape.width
-        )
+        return data.view(self._shape.dtype).view(self._shape.batch(index))
 
 
 def _open_journal(order: Order, home: Path) -> Journal:
