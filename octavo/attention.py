@@ -82,4 +82,6 @@ def _sliced_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | 
 @functools.cache
 def _causal_mask(start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """What queries ``start`` to ``stop`` add to their scores with keys 0 to ``stop``."""
-    return torch.full((stop - start, stop), -torch.inf).triu(start + 1).to(dtype)
+    # Kept beyond the call, for others that may take gradients.
+    with torch.inference_mode(False):
+        return torch.full((stop - start, stop), -torch.inf).triu(start + 1).to(dtype)

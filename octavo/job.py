@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -163,6 +164,7 @@ def layer_shape(job: Job, *, on_gpu: bool = False) -> LayerShape:
         # A GPU leaves the host nothing to compute.
         fused=on_gpu or dtype == torch.bfloat16,
         widest=0 if on_gpu or job.scheme.rounding == "nearest" else _widest(job),
+        learned=0 if on_gpu or job.scheme.rounding != "learned" else _most_weights(job),
     )
 
 
@@ -172,6 +174,14 @@ def _counted(job: Job) -> int:
         return 0
     seen = max(len(canonical.inputs(plan)) + 2 * len(plan.attention) for plan in job.plans)
     return seen * COUNTS_BYTES
+
+
+def _most_weights(job: Job) -> int:
+    """Numbers in the weights to quantize of the largest decoder layer."""
+    shapes = [
+        [job.checkpoint[f"{name}.weight"].shape for name in plan.linears] for plan in job.plans
+    ]
+    return max(sum(map(math.prod, layer)) for layer in shapes)
 
 
 def _widest(job: Job) -> int:

@@ -111,10 +111,14 @@ class Fp8Linear(nn.Module):
 
     def rounded_input(self, x: Tensor) -> Tensor:
         """What the layer sees of ``x`` ``[rows, in]``, any floating dtype: float32, on the scale of ``x``."""
+        rounded = self.rounded(x)
+        return rounded.values.float().mul(rounded.scale)
+
+    def rounded(self, x: Tensor) -> Rounded:
+        """``x``, any floating dtype, ``[..., in]``, as rows that the layer sees, in BF16 or float32."""
         if self._blocks:
-            return _through_groups(x)
-        rounded = _quantize(x, self.input_scale)
-        return rounded.values.float().mul_(rounded.scale)
+            return Rounded(_through_groups(x.reshape(-1, self.in_features)), torch.ones(()))
+        return _round(x, self.input_scale)
 
     def _scaled_product(self, x: Rounded, dtype: torch.dtype) -> Tensor:
         row_wise = x.scale.ndim or self.weight_scale.ndim

@@ -50,6 +50,12 @@ _PRODUCT, _PRODUCT_LEAST = 4_000, 1_000_000
 _MOMENTS = 23
 _STRIP = 48_000_000
 
+# Bytes for each number that is learned: its code, its place, what Adam keeps of it, the sum of its gradients; it
+# decoded twice, and the gradients of the batches of a step. And for each token of a batch what is kept for the
+# gradient, in activations of the widths of hidden states, heads, keys and the MLP, and what comes and goes beside it.
+_LEARNED = 29
+_KEPT = (26, 8, 8, 12)
+
 # Float32 copies of what each core casts at a time, of other dtypes than BF16.
 _CAST = 24_000_000
 
@@ -72,6 +78,7 @@ class LayerShape(NamedTuple):
         fused: whether it computes with :mod:`octavo.fused`: in BF16, on a CPU.
         window: of sliding attention, in tokens; None without.
         widest: the most inputs a linear layer has, where their second moments are taken; else 0.
+        learned: numbers whose codes are learned.
     """
 
     nbytes: int
@@ -85,6 +92,7 @@ class LayerShape(NamedTuple):
     fused: bool
     window: int | None
     widest: int = 0
+    learned: int = 0
 
     @classmethod
     def of(
@@ -97,6 +105,7 @@ class LayerShape(NamedTuple):
         copied: int,
         fused: bool,
         widest: int,
+        learned: int,
     ) -> LayerShape:
         """From a ``transformers`` configuration."""
         heads = config.num_attention_heads
@@ -113,6 +122,7 @@ class LayerShape(NamedTuple):
             fused,
             getattr(config, "sliding_window", None),
             widest,
+            learned,
         )
 
 
@@ -144,7 +154,7 @@ class _Need(NamedTuple):
         waiting: quantized weights that wait or are being written.
         weight: one that is computed.
         moments: of a linear layer's inputs while they are factored, and a layer's quantized weights, which
-            compute what the next linear layer sees.
+            compute what the next linear layer sees; or those while they are learned.
         batches: those inside a layer, on all cores together.
     """
 
@@ -209,6 +219,9 @@ def batch_memory(
     if samples is not None:
         tokens = batch_sizes(samples, seq_len, settings.batch_tokens)[0] * seq_len
     hidden, inner, heads, cached = shape.hidden, shape.inner, shape.heads, shape.cached
+    if shape.learned:
+        widths = zip(_KEPT, (hidden, heads, cached, inner), strict=True)
+        return tokens * (shape.itemsize * sum(n * width for n, width in widths) + _PRODUCT)
     if shape.fused:
         attention, mlp = 2 * hidden + 3 * heads + 4 * cached, 3 * hidden + 2 * inner
     else:
@@ -392,7 +405,9 @@ def _need(
         weight=shape.largest
         + (0 if shape.fused else settings.workers * _CAST)
         + (settings.workers * _STRIP if shape.widest else 0),
-        moments=_MOMENTS * shape.widest**2 + shape.nbytes if shape.widest else 0,
+        moments=max(_MOMENTS * shape.widest**2 + shape.nbytes, _LEARNED * shape.learned)
+        if shape.widest
+        else 0,
         batches=count * batch_memory(shape, settings, seq_len, samples) if seq_len else 0,
     )
 

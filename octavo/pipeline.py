@@ -49,6 +49,7 @@ from octavo.memory import (
     release,
 )
 from octavo.preflight import check_target, pick_device
+from octavo.reconstruction import Learning
 from octavo.resumption import check_same
 from octavo.rounding.gptq import DAMPING
 from octavo.scheme import Scheme
@@ -113,6 +114,7 @@ def quantize(
     cluster: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    on_learning: Callable[[Learning], None] = lambda _: None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> QuantizeResult:
     """Write the FP8 edition of a BF16, FP16 or FP32 checkpoint.
@@ -133,6 +135,7 @@ def quantize(
         cluster: address of a Ray cluster; without, workers run on this machine.
         overwrite: replace ``output`` if it exists, and an interrupted run if there is one.
         resume: go on with an interrupted run if there is one.
+        on_learning: called with what learning will take before it begins, where codes are learned.
         on_progress: called after each decoder layer.
 
     Returns:
@@ -157,6 +160,9 @@ def quantize(
             tokens = calibration_tokens(job, calibration)
         kind = job.decoder.device.type if workers is None else worker_device(device)
         settings = _settings(job, tokens, kind, workers, max_memory)
+        if tokens is not None and job.scheme.rounding == "learned":
+            batches = len(hidden_shape(job, tokens, settings).batches)
+            on_learning(Learning.of(len(job.plans), batches, tokens.numel()))
         options = {
             "model": source.resolve().name,
             "format": format,
@@ -216,7 +222,11 @@ def quantize(
         bytes_after=sum(tensor.nbytes for tensor in layout.values()),
         peak_memory=max([peak_resident(), *peaks]),
         seconds=clock.seconds(),
-        warnings=[*_warnings(job, calibration, tokens), *_damped(found.errors)],
+        warnings=[
+            *_warnings(job, calibration, tokens),
+            *_damped(found.errors),
+            *_not_learned(found.errors),
+        ],
     )
 
 
@@ -434,6 +444,22 @@ def _damped(errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"The second moments of {len(raised)} linear layers' inputs, those of {next(iter(raised))} among them, could be "
         f"factored only with damping of up to {max(raised.values()):g} in the place of {DAMPING:g}: too few tokens, or "
         "inputs that are always alike. Their codes are nearer to nearest ones. Pass more text."
+    ]
+
+
+def _not_learned(errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What to know of decoder layers whose loss did not become smaller."""
+    kept = [
+        name for name, one in errors.items() if "learned_codes" in one and not one["learned_codes"]
+    ]
+    kept = [
+        name for name in kept if errors[name]["block_loss"] == errors[name]["block_loss_before"]
+    ]
+    if not kept:
+        return []
+    return [
+        f"Learning made the outputs of the decoder layers of {len(kept)} linear layers no better, those of {kept[0]} among "
+        "them: they keep the codes of GPTQ."
     ]
 
 

@@ -34,6 +34,7 @@ from octavo.fused import fused_kernels
 from octavo.job import Job, hidden_shape, layer_shape, open_job
 from octavo.memory import PROGRAM, Settings, batch_memory, choose_settings, peak_memory
 from octavo.preflight import pick_device
+from octavo.reconstruction import Learning
 from octavo.scheme import Scheme
 from octavo.shapes import SHAPES, shape_called
 from octavo.skeleton import build_skeleton
@@ -315,7 +316,11 @@ def _flops(job: Job, tokens: Tensor) -> float:
     passes = sizes[0] + sum(up_to) - sum(sizes[:inside])
     moments = min(tokens.numel(), MOMENT_TOKENS) * sum(turn[0][1] ** 2 for turn in shapes)
     feedback = sum(3 * rows * columns**2 for turn in shapes for rows, columns in turn)
-    return once + tokens.numel() * 2.0 * passes + moments + _FLOAT32 * feedback
+    flops = once + tokens.numel() * 2.0 * passes + moments + _FLOAT32 * feedback
+    if job.scheme.rounding == "learned":
+        batches = -(-tokens.numel() // max(BATCH_TOKENS["cpu"], tokens.shape[1]))
+        flops += once * Learning.of(len(job.plans), batches, tokens.numel()).passes
+    return flops
 
 
 def layer_flops(job: Job, tokens: Tensor) -> float:

@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "calibration", "canonical", "checkpoint", "decoder", "edition", "formats"),
         *("memory", "preflight", "scheme", "transfer"),
     },
+    "reconstruction": {"attention", "calibration", "fp8", "linear", "rounding"},
     "stage": {
         *(
             "calibration",
@@ -54,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
             "loading",
             "memory",
         ),
-        *("rounding", "stopwatch", "transfer"),
+        *("fp8", "reconstruction", "rounding", "stopwatch", "transfer"),
     },
     "cluster": {
         *("errors", "allocator", "calibration", "checkpoint", "job", "memory", "preflight"),
@@ -64,7 +65,16 @@ ALLOWED: dict[str, set[str]] = {
     "devices": set(),
     "planning": {
         *("errors", "calibration", "canonical", "checkpoint", "cluster", "devices", "fp8", "fused"),
-        *("job", "memory", "preflight", "scheme", "shapes", "skeleton", "threads"),
+        *(
+            "job",
+            "memory",
+            "preflight",
+            "reconstruction",
+            "scheme",
+            "shapes",
+            "skeleton",
+            "threads",
+        ),
     },
     "synthesis": {"errors", "checkpoint", "shapes", "stopwatch"},
     "edition": {"errors", "checkpoint", "formats", "scheme"},

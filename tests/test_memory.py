@@ -159,7 +159,13 @@ def peak(ran: subprocess.CompletedProcess[str]) -> int:
 
 @pytest.mark.parametrize(
     ("samples", "seq_len", "threads", "rounding"),
-    [(4, 16, 2, "nearest"), (16, 128, 1, "nearest"), (16, 128, 2, "nearest"), (16, 128, 2, "gptq")],
+    [
+        (4, 16, 2, "nearest"),
+        (16, 128, 1, "nearest"),
+        (16, 128, 2, "nearest"),
+        (16, 128, 2, "gptq"),
+        (16, 128, 2, "learned"),
+    ],
 )
 def test_a_run_stays_below_the_bound_and_near_it(
     samples: int, seq_len: int, threads: int, rounding: Rounding, wide: Path, tmp_path: Path
@@ -174,7 +180,7 @@ def test_a_run_stays_below_the_bound_and_near_it(
     assert bound - 150e6 <= measured <= bound
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "learned"])
 def test_the_least_that_is_asked_for_is_enough(rounding: str, wide: Path, tmp_path: Path) -> None:
     ids = tiny.save_ids(tmp_path / "ids.npy", samples=64, seq_len=128)
     options = ("--calib", str(ids), "--rounding", rounding, "--max-memory")

@@ -50,7 +50,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "dynamic": ("--scheme", "fp8-dynamic", "--shard-size", "60kB"),
     "tensorrt-llm": ("--format", "tensorrt-llm"),
     "gptq": ("--rounding", "gptq"),
+    "learned": ("--rounding", "learned"),
 }
+# Those that quantize a layer while they calibrate it.
+IN_TURN = ("gptq", "learned")
 
 T = TypeVar("T")
 Contents = Mapping[str, bytes | None]
@@ -232,7 +235,7 @@ def check_resumes(bench: Bench, *options: str) -> None:
         assert "already exists and no interrupted run of it is left to resume" in message(ended)
     else:
         assert ended.code == 0, ended.stderr
-        if bench.variant == "gptq":
+        if bench.variant in IN_TURN:
             # Samples move on through a quantized layer, and need not behind the last. One they have not moved on from
             # is quantized again.
             calibrated, layers = range(LAYERS - 1), layers & passes
@@ -326,6 +329,7 @@ class TestKilled:
             ("dynamic", 20, ["rename"]),
             ("tensorrt-llm", 20, ["rename"]),
             ("gptq", 12, ["rename"]),
+            ("learned", 16, ["rename"]),
         ],
         ids=VARIANTS,
     )
@@ -340,7 +344,9 @@ class TestKilled:
         calls = laboratory.whole[variant].calls
         together(check, spread(calls, every, "kill", "tear", always=always))
 
-    @pytest.mark.parametrize(("variant", "every"), [("static", 11), ("dynamic", 30), ("gptq", 20)])
+    @pytest.mark.parametrize(
+        ("variant", "every"), [("static", 11), ("dynamic", 30), ("gptq", 20), ("learned", 30)]
+    )
     def test_by_a_loss_of_power(self, variant: str, every: int, laboratory: Laboratory) -> None:
         def check(fault: Fault) -> None:
             bench = laboratory.bench(variant)

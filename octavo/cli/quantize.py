@@ -19,6 +19,7 @@ from octavo.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from octavo.pipeline import QuantizeResult
+    from octavo.reconstruction import Learning
     from octavo.reporting.record import BudgetRecord
 
 
@@ -87,8 +88,8 @@ def quantize(
     rounding: Annotated[
         Rounding,
         typer.Option(
-            help="How weights become FP8 numbers. gptq looks at each layer's inputs: nearer to the model at the "
-            "same format and speed, and slower to make."
+            help="How weights become FP8 numbers. gptq looks at each linear layer's inputs, learned goes on from there by "
+            "gradient on each decoder layer's output: nearer to the model at the same format and speed, and slower to make."
         ),
     ] = Rounding.nearest,
     scales: Annotated[
@@ -200,6 +201,7 @@ def quantize(
                 workers=workers,
                 cluster=cluster,
                 resume=resume,
+                on_learning=(lambda _: None) if quiet else lambda cost: _told(_learning(cost)),
                 **common,
             )
     for warning in result.warnings:
@@ -213,6 +215,13 @@ def quantize(
 
 def _told(step: str) -> None:
     stderr.print(step, soft_wrap=True, highlight=False)
+
+
+def _learning(cost: Learning) -> str:
+    return (
+        f"learning codes: {cost.steps} steps of {cost.tokens:,} tokens in each of {cost.layers} layers, about the work of "
+        f"{cost.passes:.0f} passes of the calibration samples, where nearest rounding takes one"
+    )
 
 
 def _refuse_beside_a_budget(**options: object) -> None:

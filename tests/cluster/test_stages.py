@@ -45,8 +45,9 @@ def test_workers_write_what_one_process_writes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output"]
 
 
-def test_gptq_on_workers(spread: Quantize, alone: Alone, tmp_path: Path) -> None:
-    options = {"scheme": "fp8", "rounding": "gptq", "format": "modelopt"}
+@pytest.mark.parametrize("rounding", ["gptq", "learned"])
+def test_in_turn_on_workers(rounding: str, spread: Quantize, alone: Alone, tmp_path: Path) -> None:
+    options = {"scheme": "fp8", "rounding": rounding, "format": "modelopt"}
     spread(tmp_path / "output", "llama", workers=3, **options)
     assert contents(tmp_path / "output") == alone("llama", **options)
 
