@@ -246,7 +246,8 @@ class _Layers:
         """Run the model's hidden states and all earlier variants' through the layer as it is."""
         linears = self._decoder.linears(index)
         watched = {name: linears[name] for name in quantized.linears}
-        maxima = activations if self._scheme.inputs == "static" else {}
+        static = [name for name in watched if self._scheme.inputs_of(name) == "static"]
+        maxima = {name: activations[name] for name in static}
         with self.inputs.watch(watched, quantized.linears, maxima):
             self._variants.run(index, [(ORIGINAL, ORIGINAL)], self._on_pass)
         earlier = [slot for unit, slot in self._slots.items() if unit.layer < index]

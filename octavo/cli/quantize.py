@@ -80,6 +80,13 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="GLOB", help="Keep matching modules in their dtype. Repeatable."),
     ] = None,
+    dynamic_inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Dynamic inputs for matching modules, static ones for the rest (quark, compressed-tensors). Repeatable.",
+        ),
+    ] = None,
     merge_scales: Annotated[
         bool, typer.Option("--merge-scales", help="One weight scale for q/k/v and for gate/up.")
     ] = False,
@@ -157,6 +164,7 @@ def quantize(
                 scheme,
                 kv_cache=None if kv_cache is None else kv_cache.value,
                 exclude=tuple(exclude or ()),
+                dynamic=tuple(dynamic_inputs or ()),
                 merge_scales=merge_scales,
                 rounding=rounding.value,
                 scales=scales.value,
@@ -261,10 +269,12 @@ def _quantize_table(result: QuantizeResult, budget: BudgetRecord | None) -> Tabl
 
 def _budget_rows(budget: BudgetRecord) -> list[tuple[str, str]]:
     kept = f"{len(budget.kept)} linear layers, {format_bytes(budget.bytes)}"
+    moved = f"{len(budget.dynamic)} linear layers"
     return [
         ("KL, nats/token", f"{budget.kl:.5f}"),
         ("perplexity ratio", f"{budget.perplexity_ratio:.5f}"),
         ("measured on", f"{budget.data}, {budget.windows} × {budget.seq_len} tokens"),
         ("kept for it", kept if budget.kept else "nothing"),
+        *([("dynamic inputs for it", moved)] if budget.dynamic else []),
         ("editions made", f"{budget.tries}"),
     ]
