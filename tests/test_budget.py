@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
+import math
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 import tiny
 from octavo import Budget, Calibration, OctavoError, evaluate, quantize_within
-from octavo.budget import budget_of, cheapest
+from octavo.budget import Choice, Part, budget_of, cheapest
 from octavo.cli import app
 from octavo.evaluation import DivergenceResult
 from octavo.scheme import scheme_called
@@ -24,31 +25,61 @@ from octavo.scheme import scheme_called
 SEQ_LEN, WINDOWS = 32, 8
 
 
-class Part(NamedTuple):
-    kl: float
-    bytes: int
-
-
-parts = st.lists(st.builds(Part, st.floats(0, 1), st.integers(0, 1000)), max_size=8)
-
-
-@given(parts, st.floats(-0.1, 4))
-def test_what_is_kept_is_enough_and_nearly_the_cheapest(given: list[Part], allowed: float) -> None:
-    kept = cheapest(given, allowed)
-    left = list(given)
-    for part in kept:
-        left.remove(part)
-    total = sum(part.kl for part in left)
-    assert total <= allowed + 1e-9 or not left
-    enough = [
-        sum(part.bytes for part in some)
-        for size in range(len(given) + 1)
-        for some in combinations(given, size)
-        if sum(part.kl for part in given) - sum(part.kl for part in some) <= allowed - 1e-9
+losses = st.tuples(st.floats(0, 1), st.none() | st.floats(0, 1), st.integers(0, 1000))
+given_parts = st.lists(losses, max_size=6).map(
+    lambda found: [
+        Part((f"{n}",), size, kl, by_token) for n, (kl, by_token, size) in enumerate(found)
     ]
-    largest = max((part.bytes for part in given), default=0)
-    if enough:
-        assert sum(part.bytes for part in kept) <= min(enough) + largest
+)
+
+
+def loss_of(part: Part, how: str) -> float:
+    """What a part costs, in the one place that says so for these tests."""
+    by_token = math.inf if part.dynamic_kl is None else part.dynamic_kl
+    return {"static": part.kl, "dynamic": by_token, "kept": 0.0}[how]
+
+
+@given(given_parts, st.floats(-0.1, 4))
+def test_the_choice_is_enough_and_nearly_the_cheapest(parts: list[Part], allowed: float) -> None:
+    found = cheapest(parts, allowed)
+    ways = [
+        "kept" if part in found.kept else "dynamic" if part in found.moved else "static"
+        for part in parts
+    ]
+    total = sum(map(loss_of, parts, ways))
+    assert total == pytest.approx(found.left(parts))
+    assert total <= allowed + 1e-9 or len(found.kept) == len(parts)
+    enough = [
+        [part for part, how in zip(parts, every, strict=True) if how == "kept"]
+        for every in product(("static", "dynamic", "kept"), repeat=len(parts))
+        if sum(map(loss_of, parts, every)) <= allowed - 1e-9
+    ]
+    if not enough:
+        return
+    # The bytes are those of the best of all choices, or those of a part more.
+    least = min(sum(part.bytes for part in kept) for kept in enough)
+    assert found.bytes <= least + max((part.bytes for part in parts), default=0)
+    # Beside what is kept, fewer moved would not do.
+    others = [part for part in parts if part not in found.kept]
+    fewest = min(
+        (
+            every.count("dynamic")
+            for every in product(("static", "dynamic"), repeat=len(others))
+            if sum(map(loss_of, others, every)) <= allowed - 1e-9
+        ),
+        default=len(others),
+    )
+    assert len(found.moved) <= fewest
+
+
+def test_moving_costs_no_bytes_and_comes_first() -> None:
+    parts = [Part(("a",), 10, 0.5, 0.2), Part(("b",), 1, 0.5, 0.1), Part(("c",), 10, 0.1, 0.2)]
+    assert cheapest(parts, 2.0) == Choice()
+    assert cheapest(parts, 0.7) == Choice(moved=(parts[1],))
+    assert cheapest(parts, 0.4) == Choice(moved=(parts[0], parts[1]))
+    assert cheapest(parts, 0.39) == Choice(kept=(parts[1],), moved=(parts[0],))
+    # What costs more with dynamic inputs is never moved, what is kept neither.
+    assert cheapest(parts, -1.0) == Choice(kept=tuple(parts))
 
 
 @pytest.mark.parametrize(

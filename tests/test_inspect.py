@@ -786,7 +786,7 @@ def test_the_engine_is_off_the_reference(editions: Editions, tmp_path: Path) -> 
 
 def in_vllm(**changes: Any) -> LoadedModel:
     """What vLLM holds of the edition if it takes everything, but for ``changes`` of layer 0."""
-    linear = LoadedLinear("", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", True)
+    linear = LoadedLinear("", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", True, True)
     fields = {key: value for key, value in changes.items() if key in LoadedLinear._fields}
     cache_fields = {key: value for key, value in changes.items() if key in LoadedCache._fields}
     names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -820,6 +820,11 @@ def in_vllm(**changes: Any) -> LoadedModel:
             [f"{BLOCK}.{one}_proj" for one in ("q", "k", "v")],
         ),
         ({"rounds_inputs": False}, "engine-inputs", [f"{BLOCK}.qkv_proj"]),
+        (
+            {"static_inputs": False},
+            "engine-input-scales",
+            [f"{BLOCK}.{one}_proj" for one in ("q", "k", "v")],
+        ),
         ({"dtype": "auto", "k_scale": 1.0, "v_scale": 1.0}, "engine-kv-cache", [BLOCK]),
         ({"v_scale": 1.0}, "engine-kv-scales", [f"{BLOCK}.v_scale"]),
     ],

@@ -131,9 +131,9 @@ def test_a_model() -> None:
     assert calls == ["octavo_loaded"]
     assert loaded.version == "0.32.0"
     assert loaded.linears == (
-        LoadedLinear("method", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", False),
-        LoadedLinear("scheme", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", True),
-        LoadedLinear("plain", "bfloat16", "Method", None, False),
+        LoadedLinear("method", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", False, False),
+        LoadedLinear("scheme", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", True, True),
+        LoadedLinear("plain", "bfloat16", "Method", None, False, False),
     )
     assert loaded.caches == (LoadedCache("attn", "fp8_e4m3", 0.25, 0.5),)
 
