@@ -30,7 +30,7 @@ class Budget(BaseModel):
         seq_len: tokens in each; 2048, or as many as the model has positions for.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_kl: PositiveFloat | None = None
     max_perplexity_increase: PositiveFloat | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from octavo.budget import Choice, Part, budget_of, cheapest
 from octavo.cli import app
 from octavo.evaluation import DivergenceResult
 from octavo.scheme import scheme_called
+from spoiling import edit_tensors
 
 SEQ_LEN, WINDOWS = 32, 8
 
@@ -88,6 +90,7 @@ def test_moving_costs_no_bytes_and_comes_first() -> None:
         (None, None, "one of max_kl and max_perplexity_increase is needed"),
         (0.1, "1%", "and not both"),
         (-0.1, None, "greater than 0"),
+        (math.inf, None, "finite number"),
         (None, "0.01", "in per cent"),
         (None, "much%", "could not convert"),
     ],
@@ -172,6 +175,69 @@ def test_an_edition_keeps_its_budget(case: Case, tmp_path: Path) -> None:
         group = {f"model.layers.{layer}.self_attn.{kind}_proj" for kind in "qkv"}
         assert len(group & set(kept)) in (0, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def outlying_tokens(directory: Path) -> Path:
+    """A model four of whose tokens have inputs of the first layer, in a channel without weights, that are 10⁵ times as large
+    as others': one scale for all tokens leaves little of the others."""
+    model = tiny.build("llama", directory, layers=3)
+
+    def enlarge(tensors: dict[str, Any]) -> None:
+        embedding = tensors["model.embed_tokens.weight"]
+        embedding[:, 0] = 0
+        embedding[:4, 0] = 50
+        tensors["model.layers.0.input_layernorm.weight"][0] = 3e4
+        for one in "qkv":
+            tensors[f"model.layers.0.self_attn.{one}_proj.weight"][:, 0] = 0
+
+    edit_tensors(model, enlarge)
+    return model
+
+
+@pytest.mark.parametrize("format", ["quark", "compressed-tensors"])
+def test_inputs_are_moved_before_anything_is_kept(format: str, case: Case, tmp_path: Path) -> None:
+    scheme = scheme_called("fp8", kv_cache="none")
+    model = outlying_tokens(tmp_path / "model")
+    steps: list[str] = []
+
+    def made(name: str, limit: float, format: str) -> Any:
+        return quantize_within(
+            model,
+            tmp_path / name,
+            case.budget(max_kl=limit),
+            calibration=case.calibration,
+            scheme=scheme,
+            format=format,
+            on_step=steps.append,
+        ).record
+
+    everything = made("all", 1.0, format).kl
+    moved = made("moved", 0.7 * everything, format)
+    assert (moved.kept, moved.bytes) == ((), 0)
+    assert {f"model.layers.0.self_attn.{one}_proj" for one in "qkv"} <= set(moved.dynamic)
+    found = case._replace(model=model).measure(tmp_path / "moved")
+    assert found.kl == pytest.approx(moved.kl)
+    assert moved.kl <= 0.7 * everything
+    assert any(
+        re.search(r"all linear layers, \d+ of them with dynamic inputs", one) for one in steps
+    )
+    # The edition is what the record says.
+    stored = load_file(tmp_path / "moved" / "model.safetensors")
+    quantized = {name.removesuffix(".weight_scale") for name in stored if "weight_scale" in name}
+    static = {name.removesuffix(".input_scale") for name in stored if "input_scale" in name}
+    assert quantized - static == set(moved.dynamic)
+    account = json.loads((tmp_path / "moved" / "octavo.json").read_text())
+    assert account["budget"] == moved.model_dump(mode="json")
+    assert account["scheme"]["dynamic"] == list(moved.dynamic)
+    # A dialect that cannot move them keeps some for the same loss.
+    alone = made("alone", 0.7 * everything, "modelopt")
+    assert alone.bytes > 0
+    assert not alone.dynamic
+    # Where moving does not suffice, some are kept beside those that are moved.
+    both = made("both", 0.5 * moved.kl, format)
+    assert both.kept
+    assert both.dynamic
+    assert not set(both.kept) & set(both.dynamic)
 
 
 def test_perplexity_can_be_limited(case: Case, tmp_path: Path) -> None:
