@@ -221,6 +221,13 @@ def leave_input_scale(copy: Copy) -> None:
     copy.ignore(DOWN)
 
 
+def scale_q_by_token(copy: Copy) -> None:
+    groups = copy.quantization["config_groups"]
+    by_token = groups["group_0"]["input_activations"] | {"dynamic": True, "strategy": "token"}
+    groups["group_1"] = groups["group_0"] | {"input_activations": by_token, "targets": [Q]}
+    copy.drop(f"{Q}.input_scale")
+
+
 def quantize_excluded_head(copy: Copy) -> None:
     head = copy.tensors["lm_head.weight"]
     scale = head.float().abs().max() / 448
@@ -330,6 +337,9 @@ FAULTS = {
     ),
     "unquantized but not excluded": Fault("unquantized-unlisted", "error", DOWN, unquantize_down),
     "mixed group": Fault("fusion-mixed", "warning", BLOCK, keep_q_in_bf16),
+    "mixed inputs of a group": Fault(
+        "fusion-inputs-mixed", "error", BLOCK, scale_q_by_token, "compressed-tensors"
+    ),
     "lost tie": Fault("tied-lost", "error", "lm_head.weight", tie),
     "scale of zero": Fault(
         "scale-invalid", "error", f"{DOWN}.input_scale", fill("0.mlp.down_proj.input_scale", 0.0)
