@@ -108,7 +108,8 @@ def quantize(
         float | None,
         typer.Option(
             metavar="NATS",
-            help="Keep as few bytes of linear layers in their dtype as it takes for KL(model ‖ edition) to stay within this.",
+            help="Keep as few bytes of linear layers in their dtype as it takes for KL(model ‖ edition) to stay within this; "
+            "where the format allows it, give some dynamic inputs first.",
         ),
     ] = None,
     max_perplexity_increase: Annotated[

@@ -168,8 +168,8 @@ CHECKS: tuple[Check[Survey], ...] = (
         Severity.error,
         _inputs_mixed,
         "Static or dynamic inputs in what engines fuse: q/k/v, and gate/up.",
-        "vLLM refuses such a checkpoint of Quark's, and takes a scale that nothing was written to for one of "
-        "compressed-tensors. Quantize the original checkpoint again, with the same inputs in all of the group.",
+        "vLLM refuses Quark's checkpoints of that kind, and in compressed-tensors' takes all of the group for static. "
+        "Quantize the original checkpoint again, with the same inputs in all of the group.",
     ),
     Check(
         "tied-lost",
