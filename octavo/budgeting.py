@@ -197,7 +197,7 @@ class _Search(NamedTuple):
     def _try(self, choice: Choice, number: int) -> _Try:
         kept, moved = _modules(choice.kept), _modules(choice.moved)
         but = f" but {len(kept)}, which take {format_bytes(choice.bytes)} more" if kept else ""
-        told = f", {len(moved)} of them with dynamic inputs" if moved else ""
+        told = f"; {len(moved)} with dynamic inputs" if moved else ""
         self.on_step(f"quantizing all linear layers{but}{told}")
         path = self.directory / f"edition-{number}"
         scheme = self.scheme.model_copy(
