@@ -127,8 +127,8 @@ class Choice(NamedTuple):
 
     @property
     def cost(self) -> tuple[int, int]:
-        """What choices are compared by: bytes, and linear layers moved."""
-        return self.bytes, sum(len(part.modules) for part in self.moved)
+        """What choices are compared by: bytes, then how many parts are moved."""
+        return self.bytes, len(self.moved)
 
     def left(self, parts: Iterable[Part]) -> float:
         """What the losses of all parts that are quantized add up to."""
