@@ -1,9 +1,9 @@
-"""What loss is acceptable, and which parts of a model to keep in its dtype for it: the cheapest in bytes."""
+"""What loss is acceptable, and what to do for it: which parts of a model to keep in its dtype, which to give dynamic inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, Self, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -30,7 +30,7 @@ class Budget(BaseModel):
         seq_len: tokens in each; 2048, or as many as the model has positions for.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_kl: PositiveFloat | None = None
     max_perplexity_increase: PositiveFloat | None = None
@@ -88,43 +88,88 @@ def budget_of(max_kl: float | None, max_perplexity_increase: str | None, data: s
     )
 
 
-class Part(Protocol):
-    """Linear layers that are kept or quantized together, such as :class:`octavo.analysis.UnitLoss`.
+class Part(NamedTuple):
+    """Linear layers that engines fuse, and that therefore have one precision.
 
     Attributes:
+        modules: their names.
+        bytes: what keeping them in the model's dtype costs.
         kl: what quantizing them alone costs.
-        bytes: what keeping them costs.
+        dynamic_kl: likewise with dynamic inputs; None where these are no choice.
     """
 
-    @property
-    def kl(self) -> float: ...
+    modules: tuple[str, ...]
+    bytes: int
+    kl: float
+    dynamic_kl: float | None = None
 
     @property
-    def bytes(self) -> int: ...
+    def gain(self) -> float:
+        """What moving them to dynamic inputs wins."""
+        return max(0.0, self.kl - self.dynamic_kl) if self.dynamic_kl is not None else 0.0
 
 
-P = TypeVar("P", bound=Part)
+class Choice(NamedTuple):
+    """What becomes of the parts that are not quantized like all others.
+
+    Attributes:
+        kept: those in the model's dtype.
+        moved: those with dynamic inputs, in FP8 all the same.
+    """
+
+    kept: tuple[Part, ...] = ()
+    moved: tuple[Part, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """By which an edition is larger."""
+        return sum(part.bytes for part in self.kept)
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """What choices are compared by: bytes, then how many parts are moved."""
+        return self.bytes, len(self.moved)
+
+    def left(self, parts: Iterable[Part]) -> float:
+        """What the losses of all parts that are quantized add up to."""
+        return sum(
+            part.kl - (part.gain if part in self.moved else 0.0)
+            for part in parts
+            if part not in self.kept
+        )
 
 
-def cheapest(parts: Sequence[P], allowed: float) -> list[P]:
-    """Parts to keep, so that the ``kl`` of the others adds up to no more than ``allowed``.
+def cheapest(parts: Sequence[Part], allowed: float) -> Choice:
+    """What to keep and what to move, so that the losses of what is quantized add up to no more than ``allowed``: for the
+    fewest bytes, then with the fewest parts moved.
 
-    A knapsack problem, solved greedily: the most KL per byte first, then whatever of that turns out not to be needed
-    is given back, the largest first. No further from the least bytes than one part's.
+    A knapsack problem with a choice for each part. Moving costs no bytes, so parts are kept as if all others that gain by it
+    were moved: greedily, the most KL per byte first, then whatever of that turns out not to be needed is given back, the
+    largest first. That is no further from the least bytes than one part's. Of the others the fewest are moved that suffice
+    beside what is kept: those that gain most.
 
     Args:
         parts: whose losses add up.
         allowed: in the unit of ``kl``; below zero all are kept.
+
+    Returns:
+        Parts in their order.
     """
-    kept: list[P] = []
-    left = sum(part.kl for part in parts)
-    for part in sorted(parts, key=lambda part: -part.kl / max(part.bytes, 1)):
+    kept: list[Part] = []
+    left = sum(part.kl - part.gain for part in parts)
+    for part in sorted(parts, key=lambda part: (part.gain - part.kl) / max(part.bytes, 1)):
         if left <= allowed:
             break
         kept.append(part)
-        left -= part.kl
+        left -= part.kl - part.gain
     for part in sorted(kept, key=lambda part: -part.bytes):
-        if left + part.kl <= allowed:
+        if left + part.kl - part.gain <= allowed:
             kept.remove(part)
-            left += part.kl
-    return kept
+            left += part.kl - part.gain
+    moved = [part for part in parts if part.gain and part not in kept]
+    for part in sorted(moved, key=lambda part: part.gain):
+        if left + part.gain > allowed:
+            break
+        moved.remove(part)
+        left += part.gain
+    return Choice(*(tuple(part for part in parts if part in chosen) for chosen in (kept, moved)))

@@ -1,6 +1,7 @@
 """``octavo.quantize_within``: the smallest edition whose loss stays within a budget.
 
-Losses of parts add up well enough to choose by, not to promise by: each choice is quantized and measured on text
+A part of the model costs less if its inputs are dynamic, which takes no bytes but some of the engine's time, and nothing if it
+keeps the model's dtype, which takes its bytes. Losses of parts add up well enough to choose by, not to promise by: each choice is quantized and measured on text
 that had no say in it, and what was measured corrects the next choice.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from octavo.analysis import linear_losses
-from octavo.budget import Budget, cheapest
+from octavo.budget import Budget, Choice, Part, cheapest
 from octavo.calibration import Calibration
 from octavo.calibration.text import BUILTIN
 from octavo.checkpoint import Checkpoint, Workspace
@@ -28,9 +29,9 @@ from octavo.evaluation import DivergenceResult, evaluate
 from octavo.evaluation.progress import OnProgress, silent
 from octavo.evaluation.text import load_tokens
 from octavo.evaluation.windows import cut
+from octavo.formats import get_format
 from octavo.pipeline import Progress, QuantizeResult, quantize
 from octavo.preflight import check_target
-from octavo.reporting.analysis import UnitLoss
 from octavo.reporting.record import FILE as RECORD
 from octavo.reporting.record import BudgetRecord
 from octavo.scheme import Scheme
@@ -65,15 +66,11 @@ class Within(NamedTuple):
 class _Try(NamedTuple):
     """An edition, where it is, and what it loses."""
 
-    kept: tuple[UnitLoss, ...]
+    choice: Choice
     path: Path
     result: QuantizeResult
     loss: float
     measured: DivergenceResult
-
-    @property
-    def bytes(self) -> int:
-        return sum(part.bytes for part in self.kept)
 
 
 def quantize_within(
@@ -91,11 +88,12 @@ def quantize_within(
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_measured: OnProgress = silent,
 ) -> Within:
-    """Write the smallest FP8 edition that a budget allows: with as few bytes of linear layers kept in the model's dtype.
+    """Write the smallest FP8 edition that a budget allows: with as few bytes of linear layers kept in the model's dtype, and among
+    such editions with as few dynamic inputs beside static ones, where the dialect has a place for these.
 
     If all of them may be quantized, all are. Otherwise what each part costs is measured on the first half of the budget's
-    text as :func:`octavo.analyze` does, the cheapest set to keep is quantized around, and the edition is measured on the second half; up to
-    six editions are made until one fits and none that is much smaller would. Measuring holds both models in memory.
+    text as :func:`octavo.analyze` does, the cheapest choice is made, and the edition is measured on the second half; up to
+    six editions are made until one fits and none that is much cheaper would. Measuring holds both models in memory.
 
     Args:
         model: as for :func:`octavo.quantize`, like all that is not named here.
@@ -108,6 +106,7 @@ def quantize_within(
         OctavoError: as :func:`octavo.quantize`, or no edition of the scheme is within the budget; says how near one came.
     """
     scheme, calibration = scheme or Scheme(), calibration or Calibration()
+    dialect = get_format(format, scheme)
     source, target = resolve_model(model), Path(output)
     check_target(source, target)
     if budget.data == calibration.source != BUILTIN:
@@ -127,6 +126,7 @@ def quantize_within(
             scheme=scheme,
             calibration=calibration,
             device=device,
+            mixes=dialect.mixes(scheme.kind),
             options={"format": format, "device": device, "shard_size": shard_size},
             on_step=on_step,
             on_progress=on_progress,
@@ -153,6 +153,7 @@ class _Search(NamedTuple):
     scheme: Scheme
     calibration: Calibration
     device: str
+    mixes: bool
     options: dict[str, Any]
     on_step: Callable[[str], None]
     on_progress: Callable[[Progress], None]
@@ -161,18 +162,17 @@ class _Search(NamedTuple):
     def run(self) -> tuple[_Try, int]:
         """The best edition, and how many were made."""
         limit = self.budget.limit
-        tries = [self._try((), 0)]
+        tries = [self._try(Choice(), 0)]
         if tries[0].loss <= limit:
             return tries[0], 1
         parts = self._parts()
-        # A quantized edition has something quantized.
-        most = tuple(sorted(parts, key=lambda part: -part.kl)[:-1])
+        most = _most(parts)
         while len(tries) < _TRIES:
-            allowed = _allowed([(_left(parts, one.kept), one.loss) for one in tries], _AIM * limit)
-            chosen = tuple(cheapest(parts, allowed))
-            if len(chosen) == len(parts):
+            allowed = _allowed([(one.choice.left(parts), one.loss) for one in tries], _AIM * limit)
+            chosen = cheapest(parts, allowed)
+            if len(chosen.kept) == len(parts):
                 chosen = most
-            if any(set(chosen) == set(one.kept) for one in tries):
+            if any(chosen == one.choice for one in tries):
                 break
             tries.append(self._try(chosen, len(tries)))
             self._drop_all_but_the_best(tries)
@@ -185,7 +185,7 @@ class _Search(NamedTuple):
 
     def _best(self, tries: Sequence[_Try]) -> _Try | None:
         fitting = [one for one in tries if one.loss <= self.budget.limit]
-        return min(fitting, key=lambda one: one.bytes, default=None)
+        return min(fitting, key=lambda one: one.choice.cost, default=None)
 
     def _drop_all_but_the_best(self, tries: Sequence[_Try]) -> None:
         """Disk space is that of two editions."""
@@ -194,16 +194,15 @@ class _Search(NamedTuple):
             if best is None or one.path != best.path:
                 shutil.rmtree(one.path, ignore_errors=True)
 
-    def _try(self, kept: tuple[UnitLoss, ...], number: int) -> _Try:
-        modules = tuple(module for part in kept for module in part.modules)
-        but = (
-            f" but {len(modules)}, which take {format_bytes(sum(part.bytes for part in kept))} more"
-            if kept
-            else ""
-        )
-        self.on_step(f"quantizing all linear layers{but}")
+    def _try(self, choice: Choice, number: int) -> _Try:
+        kept, moved = _modules(choice.kept), _modules(choice.moved)
+        but = f" but {len(kept)}, which take {format_bytes(choice.bytes)} more" if kept else ""
+        told = f"; {len(moved)} with dynamic inputs" if moved else ""
+        self.on_step(f"quantizing all linear layers{but}{told}")
         path = self.directory / f"edition-{number}"
-        scheme = self.scheme.model_copy(update={"exclude": self.scheme.exclude + modules})
+        scheme = self.scheme.model_copy(
+            update={"exclude": self.scheme.exclude + kept, "dynamic": self.scheme.dynamic + moved}
+        )
         result = quantize(
             self.source,
             path,
@@ -226,16 +225,17 @@ class _Search(NamedTuple):
         assert isinstance(measured, DivergenceResult)
         loss = measured.kl if self.budget.max_kl else measured.perplexity_ratio - 1
         self.on_step(f"{self.budget.measure}: {self.budget.told(loss)}")
-        return _Try(kept, path, result, loss, measured)
+        return _Try(choice, path, result, loss, measured)
 
-    def _parts(self) -> list[UnitLoss]:
-        """What each part that can be kept costs alone."""
+    def _parts(self) -> list[Part]:
+        """What each part that can be kept or moved costs alone."""
         self.on_step("measuring what each part costs")
-        return linear_losses(
+        losses = linear_losses(
             self.source,
             self.directory,
             self.target,
             scheme=self.scheme,
+            dynamic=self.mixes,
             calibration=self.calibration,
             data=self.halves[0],
             windows=_WINDOWS,
@@ -243,19 +243,23 @@ class _Search(NamedTuple):
             device=self.device,
             on_progress=self.on_measured,
         )
+        return [
+            Part(loss.modules, loss.bytes, loss.kl, None if dynamic is None else dynamic.kl)
+            for loss, dynamic in losses
+        ]
 
     def _unreachable(
-        self, tries: Sequence[_Try], parts: Sequence[UnitLoss], most: tuple[UnitLoss, ...]
+        self, tries: Sequence[_Try], parts: Sequence[Part], most: Choice
     ) -> OctavoError:
         """Why nothing fits, with the least that can be had measured."""
         best = min(tries, key=lambda one: one.loss)
-        if not any(set(one.kept) == set(most) for one in tries):
+        if not any(one.choice == most for one in tries):
             best = min(best, self._try(most, len(tries)), key=lambda one: one.loss)
         cached = self.scheme.kv_cache == "fp8"
         advice = " Or leave the KV cache in its dtype (--kv-cache none)." if cached else ""
         return OctavoError(
             f"No edition of the scheme {self.scheme.kind} reaches a {self.budget.measure} of "
-            f"{self.budget.told(self.budget.limit)}: with {len(best.kept)} of {len(parts)} groups of linear layers kept it is "
+            f"{self.budget.told(self.budget.limit)}: with {len(best.choice.kept)} of {len(parts)} groups of linear layers kept it is "
             f"still {self.budget.told(best.loss)}. Allow more, or choose another scheme or --rounding.{advice}"
         )
 
@@ -276,8 +280,15 @@ def _allowed(seen: Sequence[tuple[float, float]], aim: float) -> float:
     return left - (loss - aim) / slope
 
 
-def _left(parts: Sequence[UnitLoss], kept: Sequence[UnitLoss]) -> float:
-    return sum(part.kl for part in parts) - sum(part.kl for part in kept)
+def _most(parts: Sequence[Part]) -> Choice:
+    """All kept but what costs least: a quantized edition has something quantized."""
+    last = min(parts, key=lambda part: part.kl - part.gain)
+    kept = tuple(part for part in parts if part is not last)
+    return Choice(kept, (last,) if last.gain else ())
+
+
+def _modules(parts: Iterable[Part]) -> tuple[str, ...]:
+    return tuple(module for part in parts for module in part.modules)
 
 
 def _positions(source: Path) -> int:
@@ -313,8 +324,9 @@ def _record(budget: Budget, best: _Try, tries: int) -> BudgetRecord:
         kl=measured.kl,
         kl_standard_error=measured.kl_standard_error,
         perplexity_ratio=measured.perplexity_ratio,
-        kept=tuple(module for part in best.kept for module in part.modules),
-        bytes=best.bytes,
+        kept=_modules(best.choice.kept),
+        bytes=best.choice.bytes,
+        dynamic=_modules(best.choice.moved),
         tries=tries,
     )
 

@@ -62,7 +62,7 @@ def layout_layer(
             continue
         layout[name] = source[name].to(fp8.E4M3)
         layout[f"{name}_scale"] = scale(*SCALE_SHAPES[scheme.weights](*source[name].shape))
-        if scheme.inputs == "static":
+        if scheme.inputs_of(name.removesuffix(".weight")) == "static":
             layout[f"{name.removesuffix('weight')}input_scale"] = scale()
     if scheme.kv_cache == "fp8":
         for block in plan.attention:
@@ -106,8 +106,7 @@ def quantize_unit(
         tensors: the layer's, as stored in the checkpoint.
         amax: of the weights to quantize, by module, from :func:`weight_amax`; other tensors are
             carried over.
-        activations: amax of the linears' inputs by module, float32 scalars, where the scheme has
-            static inputs.
+        activations: amax of the linears' inputs by module, float32 scalars, where they are static.
         scheme: how.
         over: applied to strips of a tensor.
         feedback: of the linears' inputs, to round by; None to round to nearest.
@@ -127,7 +126,7 @@ def quantize_unit(
         scale = fp8.scale_from_amax(finer(tensors[name], over) if finer else amax[module])
         canonical[name], errors[module] = _round(tensors[name], scale, over, feedback)
         canonical[f"{module}.weight_scale"] = scale
-        if scheme.inputs == "static":
+        if scheme.inputs_of(module) == "static":
             canonical[f"{module}.input_scale"] = fp8.scale_from_amax(activations[module])
     return canonical, errors
 

@@ -79,10 +79,10 @@ def _check_scales(edition: Edition, scheme: Scheme, module: str) -> None:
     if torch.Size(shape).numel() != torch.Size(expected).numel():
         found = f"has shape {list(edition[name].shape)}"
         raise _contradiction(edition, name, found, f"one scale per {scheme.weights}")
-    present, promised = f"{module}.input_scale" in edition, scheme.inputs == "static"
-    if present != promised:
+    present, inputs = f"{module}.input_scale" in edition, scheme.inputs_of(module)
+    if present != (inputs == "static"):
         found = "is there" if present else "is missing"
-        raise _contradiction(edition, f"{module}.input_scale", found, f"{scheme.inputs} inputs")
+        raise _contradiction(edition, f"{module}.input_scale", found, f"{inputs} inputs")
 
 
 def _contradiction(edition: Edition, name: str, found: str, promised: str) -> OctavoError:

@@ -22,7 +22,7 @@ from octavo.checkpoint.hub import resolve_model
 from octavo.consistency import attention_blocks, check_promises, decoder_linears
 from octavo.edition import Edition
 from octavo.errors import OctavoError
-from octavo.formats import Dialect, Json, Target, get_format
+from octavo.formats import Dialect, Json, Modules, Target, get_format
 from octavo.preflight import check_target
 from octavo.scheme import BLOCK, Scheme
 from octavo.skeleton import build_skeleton
@@ -222,7 +222,7 @@ def _translated(
     requantized: dict[str, fp8.RoundingError],
 ) -> _Plan:
     """The plan for another dialect; fills ``requantized`` as it is carried out."""
-    dialect = get_format(to, scheme.kind)
+    dialect = get_format(to, scheme)
     if (tp, pp) != (1, 1) and not dialect.ranks:
         raise OctavoError(
             f"--tp {tp} --pp {pp} asks for a file for each rank, and {to} has none: its engines split "
@@ -245,13 +245,17 @@ def _translated(
         return changed
 
     linears = decoder_linears(model)
+    modules = Modules(
+        unquantized=[name for name in linears if not edition.is_quantized(name)],
+        dynamic=scheme.differing(name for name in linears if edition.is_quantized(name)),
+    )
     return _Plan(
         _groups(edition, model, dialect),
         {name for name in edition if name.rpartition(".")[0] in linears or _is_scale(name)},
         layout,
         change,
         lambda tensors: dialect.encode(tensors, target),
-        dialect.configs(target, [name for name in linears if not edition.is_quantized(name)]),
+        dialect.configs(target, modules),
     )
 
 

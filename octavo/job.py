@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from octavo.checkpoint import Checkpoint
 from octavo.decoder import Decoder
 from octavo.edition import Edition
 from octavo.errors import OctavoError
-from octavo.formats import Dialect, Target, get_format
+from octavo.formats import Dialect, Json, Modules, Target, get_format
 from octavo.formats.dialect import without_quantization
 from octavo.memory import LayerShape, Settings
 from octavo.preflight import refuse_quantized
@@ -59,6 +59,12 @@ class Job(NamedTuple):
     def checkpoint(self) -> Checkpoint:
         """The files that are read."""
         return self.source.checkpoint
+
+    def configs(self) -> dict[str, Json]:
+        """The dialect's JSON files, by name."""
+        linears = [name for plan in self.plans for name in plan.linears]
+        kept = [name for plan in self.plans for name in plan.kept]
+        return self.dialect.configs(self.target, Modules(kept, self.scheme.differing(linears)))
 
     def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Canonical tensors to the dialect's."""
@@ -114,7 +120,7 @@ def open_job(directory: Path, scheme: Scheme, format: str, device: torch.device)
     Raises:
         OctavoError: the checkpoint or an option does not allow it.
     """
-    dialect = get_format(format, scheme.kind)
+    dialect = get_format(format, scheme)
     if dialect.merges:
         scheme = scheme.model_copy(update={"merge_scales": True})
     checkpoint = Checkpoint(directory)
@@ -126,8 +132,21 @@ def open_job(directory: Path, scheme: Scheme, format: str, device: torch.device)
             f"--exclude {' '.join(scheme.exclude)} leaves no linear layer to quantize. "
             "Narrow the patterns."
         )
+    _check_groups(plans, scheme)
     target = Target(without_quantization(checkpoint.config), scheme)
     return Job(Edition(checkpoint), decoder, plans, format, dialect, target)
+
+
+def _check_groups(plans: Iterable[LayerPlan], scheme: Scheme) -> None:
+    """Raise if inputs of what engines fuse into one matrix are to be scaled in different ways."""
+    for group in (one for plan in plans for one in canonical.fused_groups(plan.linears)):
+        dynamic = scheme.differing(group)
+        static = [name for name in group if name not in dynamic]
+        if dynamic and static:
+            raise OctavoError(
+                f"--dynamic-inputs {' '.join(scheme.dynamic)} means {dynamic[0]} and not {static[0]}, which engines "
+                "compute as one. Let the patterns fit all of q/k/v, and both of gate/up, or none."
+            )
 
 
 def calibration_tokens(job: Job, calibration: Calibration) -> Tensor | None:

@@ -12,6 +12,7 @@ be rescaled afterwards: both are dequantized and multiplied in float32.
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import NamedTuple
 
@@ -88,6 +89,12 @@ class Fp8Linear(nn.Module):
         ):
             made.weight = fp8.numbers(weight)
         return made
+
+    def with_dynamic_inputs(self) -> Fp8Linear:
+        """The same codes and scales of the weight, with inputs scaled per token."""
+        other = copy.copy(self)
+        other._buffers = {**self._buffers, "input_scale": None}
+        return other
 
     weight: Tensor
     weight_scale: Tensor

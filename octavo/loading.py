@@ -173,7 +173,7 @@ def _quantize_modules(model: PreTrainedModel, edition: Edition) -> None:
         if isinstance(module, nn.Linear) and edition.is_quantized(name):
             model.set_submodule(
                 name,
-                Fp8Linear(module, edition.scheme.inputs, _scale_shape(edition, name)),
+                Fp8Linear(module, edition.scheme.inputs_of(name), _scale_shape(edition, name)),
             )
         elif hasattr(module, "k_proj") and edition.scheme.kv_cache == "fp8":
             module.kv_cache = Fp8KeyValueCache()

@@ -174,8 +174,7 @@ def quantize(
             "workers": workers,
         }
         with clock("reserve"):
-            kept = [name for plan in job.plans for name in plan.kept]
-            files = job.dialect.configs(job.target, kept)
+            files = job.configs()
             layout = job.layout()
             work = stack.enter_context(Workspace(target, overwrite=overwrite, resume=resume))
             journal = stack.enter_context(Journal(work.journal, target))

@@ -6,6 +6,7 @@ their dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self, TypeAlias
 
@@ -44,6 +45,8 @@ class Scheme(BaseModel):
             leaves the cache in the model's dtype.
         exclude: shell-style patterns over module names (``model.layers.0.*``, ``*.o_proj``);
             a linear layer that matches any of them keeps its dtype.
+        dynamic: likewise, beside static inputs: a linear layer that matches any of them has dynamic inputs all
+            the same. What engines fuse (q/k/v, gate/up) goes together.
         merge_scales: give q/k/v and gate/up one shared weight scale, as engines that fuse them
             into one matrix product want it.
         rounding: how weights become E4M3 numbers: each to its ``nearest``; by :mod:`octavo.rounding.gptq`,
@@ -59,6 +62,7 @@ class Scheme(BaseModel):
     inputs: Inputs = "static"
     kv_cache: Literal["fp8", "none"] = "fp8"
     exclude: tuple[str, ...] = ()
+    dynamic: tuple[str, ...] = ()
     merge_scales: bool = False
     rounding: Rounding = "nearest"
     scales: Scales = "amax"
@@ -67,6 +71,8 @@ class Scheme(BaseModel):
     def _consistent(self) -> Self:
         if self.weights == "block" and self.inputs == "static":
             raise ValueError("block scales go with dynamic inputs, static inputs were asked for")
+        if self.dynamic and self.inputs == "dynamic":
+            raise ValueError("all inputs are dynamic, and some were asked to be")
         if self.scales != "amax" and self.inputs == "dynamic" and self.kv_cache == "none":
             raise ValueError(
                 f"scales {self.scales} is for static scales of inputs or of a KV cache, and here are none"
@@ -89,7 +95,19 @@ class Scheme(BaseModel):
 
     def excludes(self, module: str) -> bool:
         """Whether the linear layer named ``module`` keeps its dtype."""
-        return any(fnmatchcase(module, pattern) for pattern in self.exclude)
+        return _matches(module, self.exclude)
+
+    def inputs_of(self, module: str) -> Inputs:
+        """How the inputs of the linear layer named ``module`` are scaled, if it is quantized."""
+        return "dynamic" if _matches(module, self.dynamic) else self.inputs
+
+    def differing(self, modules: Iterable[str]) -> list[str]:
+        """Those of the linear layers whose inputs are not scaled as the scheme's name says."""
+        return [module for module in modules if self.inputs_of(module) != self.inputs]
+
+
+def _matches(module: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(module, pattern) for pattern in patterns)
 
 
 def scheme_called(kind: str, kv_cache: Literal["fp8", "none"] | None = None, **rest: Any) -> Scheme:

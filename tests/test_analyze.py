@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import tiny
 from octavo import Calibration, OctavoError, Scheme, analyze, quantize
-from octavo.analysis import KV_CACHE, LAYER, Measured, all_units, measure
+from octavo.analysis import KV_CACHE, LAYER, Measured, all_units, linear_losses, measure
 from octavo.analysis.analyzing import _settings
 from octavo.checkpoint import Checkpoint
 from octavo.cli import app
@@ -115,6 +115,56 @@ def test_each_unit_costs_what_it_costs_alone(
         error = windows.std().item() / WINDOWS**0.5
         assert result.kl_standard_error == pytest.approx(error, rel=0.02), loss
         assert result.kl > 1e-6
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "none"])
+def test_what_dynamic_inputs_cost_in_the_place_of_static_ones(
+    kv_cache: Any, tmp_path: Path, texts: tuple[Calibration, Path]
+) -> None:
+    model = tiny.build("llama", tmp_path / "model", layers=3)
+    # Those of one unit are dynamic anyway, another is left as it is.
+    options: Any = {"dynamic": ("*.1.mlp.down_proj",), "exclude": ("*.0.self_attn.o_proj",)}
+    scheme = scheme_called("fp8", kv_cache=kv_cache, **options)
+    given: Any = {"windows": WINDOWS, "seq_len": SEQ_LEN, "device": "cpu", "data": texts[1]}
+    (tmp_path / "work").mkdir()
+    found, plain = (
+        linear_losses(
+            model,
+            tmp_path / "work",
+            tmp_path,
+            scheme=scheme,
+            dynamic=dynamic,
+            calibration=texts[0],
+            **given,
+        )
+        for dynamic in (True, False)
+    )
+    assert all(one.dynamic is None for one in plain)
+    # What else is measured changes nothing.
+    assert [one.loss for one in found] == [one.loss for one in plain]
+    out = tmp_path / "out"
+    quantize(model, out, scheme=scheme, calibration=texts[0], format="compressed-tensors")
+    checkpoint = Checkpoint(out)
+    edition = {name: checkpoint.read(name) for name in checkpoint}
+    edition |= {name: one.reshape(()) for name, one in edition.items() if one.numel() == 1}
+    tokens = torch.from_numpy(np.load(texts[1]))[:, :-1]
+    assert len(found) == 3 * 4 - 1
+    for loss, dynamic in found:
+        part = part_of(edition, loss)
+        assert loss.kl == pytest.approx(distance(model, part, tokens).mean().item(), rel=0.01)
+        if loss.modules == ("model.layers.1.mlp.down_proj",):
+            assert dynamic is None
+            continue
+        assert dynamic is not None
+        assert (dynamic.layer, dynamic.modules, dynamic.bytes) == (
+            loss.layer,
+            loss.modules,
+            loss.bytes,
+        )
+        moved = {name: one for name, one in part.items() if not name.endswith("input_scale")}
+        expected = distance(model, moved, tokens).mean().item()
+        assert dynamic.kl == pytest.approx(expected, rel=0.01)
+        assert dynamic.kl != loss.kl
 
 
 def test_errors_of_inputs_are_those_of_float64(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
+import math
+import re
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,39 +18,70 @@ from typer.testing import CliRunner
 
 import tiny
 from octavo import Budget, Calibration, OctavoError, evaluate, quantize_within
-from octavo.budget import budget_of, cheapest
+from octavo.budget import Choice, Part, budget_of, cheapest
 from octavo.cli import app
 from octavo.evaluation import DivergenceResult
 from octavo.scheme import scheme_called
+from spoiling import edit_tensors
 
 SEQ_LEN, WINDOWS = 32, 8
 
 
-class Part(NamedTuple):
-    kl: float
-    bytes: int
-
-
-parts = st.lists(st.builds(Part, st.floats(0, 1), st.integers(0, 1000)), max_size=8)
-
-
-@given(parts, st.floats(-0.1, 4))
-def test_what_is_kept_is_enough_and_nearly_the_cheapest(given: list[Part], allowed: float) -> None:
-    kept = cheapest(given, allowed)
-    left = list(given)
-    for part in kept:
-        left.remove(part)
-    total = sum(part.kl for part in left)
-    assert total <= allowed + 1e-9 or not left
-    enough = [
-        sum(part.bytes for part in some)
-        for size in range(len(given) + 1)
-        for some in combinations(given, size)
-        if sum(part.kl for part in given) - sum(part.kl for part in some) <= allowed - 1e-9
+losses = st.tuples(st.floats(0, 1), st.none() | st.floats(0, 1), st.integers(0, 1000))
+given_parts = st.lists(losses, max_size=6).map(
+    lambda found: [
+        Part((f"{n}",), size, kl, by_token) for n, (kl, by_token, size) in enumerate(found)
     ]
-    largest = max((part.bytes for part in given), default=0)
-    if enough:
-        assert sum(part.bytes for part in kept) <= min(enough) + largest
+)
+
+
+def loss_of(part: Part, how: str) -> float:
+    """What a part costs, in the one place that says so for these tests."""
+    by_token = math.inf if part.dynamic_kl is None else part.dynamic_kl
+    return {"static": part.kl, "dynamic": by_token, "kept": 0.0}[how]
+
+
+@given(given_parts, st.floats(-0.1, 4))
+def test_the_choice_is_enough_and_nearly_the_cheapest(parts: list[Part], allowed: float) -> None:
+    found = cheapest(parts, allowed)
+    ways = [
+        "kept" if part in found.kept else "dynamic" if part in found.moved else "static"
+        for part in parts
+    ]
+    total = sum(map(loss_of, parts, ways))
+    assert total == pytest.approx(found.left(parts))
+    assert total <= allowed + 1e-9 or len(found.kept) == len(parts)
+    enough = [
+        [part for part, how in zip(parts, every, strict=True) if how == "kept"]
+        for every in product(("static", "dynamic", "kept"), repeat=len(parts))
+        if sum(map(loss_of, parts, every)) <= allowed - 1e-9
+    ]
+    if not enough:
+        return
+    # The bytes are those of the best of all choices, or those of a part more.
+    least = min(sum(part.bytes for part in kept) for kept in enough)
+    assert found.bytes <= least + max((part.bytes for part in parts), default=0)
+    # Beside what is kept, fewer moved would not do.
+    others = [part for part in parts if part not in found.kept]
+    fewest = min(
+        (
+            every.count("dynamic")
+            for every in product(("static", "dynamic"), repeat=len(others))
+            if sum(map(loss_of, others, every)) <= allowed - 1e-9
+        ),
+        default=len(others),
+    )
+    assert len(found.moved) <= fewest
+
+
+def test_moving_costs_no_bytes_and_comes_first() -> None:
+    parts = [Part(("a",), 10, 0.5, 0.2), Part(("b",), 1, 0.5, 0.1), Part(("c",), 10, 0.1, 0.2)]
+    assert cheapest(parts, 2.0) == Choice()
+    assert cheapest(parts, 0.7) == Choice(moved=(parts[1],))
+    assert cheapest(parts, 0.4) == Choice(moved=(parts[0], parts[1]))
+    assert cheapest(parts, 0.39) == Choice(kept=(parts[1],), moved=(parts[0],))
+    # What costs more with dynamic inputs is never moved, what is kept neither.
+    assert cheapest(parts, -1.0) == Choice(kept=tuple(parts))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +90,7 @@ def test_what_is_kept_is_enough_and_nearly_the_cheapest(given: list[Part], allow
         (None, None, "one of max_kl and max_perplexity_increase is needed"),
         (0.1, "1%", "and not both"),
         (-0.1, None, "greater than 0"),
+        (math.inf, None, "finite number"),
         (None, "0.01", "in per cent"),
         (None, "much%", "could not convert"),
     ],
@@ -143,6 +177,67 @@ def test_an_edition_keeps_its_budget(case: Case, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def outlying_tokens(directory: Path) -> Path:
+    """A model four of whose tokens have inputs of the first layer, in a channel without weights, that are 10⁵ times as large
+    as others': one scale for all tokens leaves little of the others."""
+    model = tiny.build("llama", directory, layers=3)
+
+    def enlarge(tensors: dict[str, Any]) -> None:
+        embedding = tensors["model.embed_tokens.weight"]
+        embedding[:, 0] = 0
+        embedding[:4, 0] = 50
+        tensors["model.layers.0.input_layernorm.weight"][0] = 3e4
+        for one in "qkv":
+            tensors[f"model.layers.0.self_attn.{one}_proj.weight"][:, 0] = 0
+
+    edit_tensors(model, enlarge)
+    return model
+
+
+@pytest.mark.parametrize("format", ["quark", "compressed-tensors"])
+def test_inputs_are_moved_before_anything_is_kept(format: str, case: Case, tmp_path: Path) -> None:
+    scheme = scheme_called("fp8", kv_cache="none")
+    model = outlying_tokens(tmp_path / "model")
+    steps: list[str] = []
+
+    def made(name: str, limit: float, format: str) -> Any:
+        return quantize_within(
+            model,
+            tmp_path / name,
+            case.budget(max_kl=limit),
+            calibration=case.calibration,
+            scheme=scheme,
+            format=format,
+            on_step=steps.append,
+        ).record
+
+    everything = made("all", 1.0, format).kl
+    moved = made("moved", 0.7 * everything, format)
+    assert (moved.kept, moved.bytes) == ((), 0)
+    assert {f"model.layers.0.self_attn.{one}_proj" for one in "qkv"} <= set(moved.dynamic)
+    found = case._replace(model=model).measure(tmp_path / "moved")
+    assert found.kl == pytest.approx(moved.kl)
+    assert moved.kl <= 0.7 * everything
+    assert any(re.search(r"all linear layers; \d+ with dynamic inputs", one) for one in steps)
+    # The edition is what the record says.
+    stored = load_file(tmp_path / "moved" / "model.safetensors")
+    quantized = {name.removesuffix(".weight_scale") for name in stored if "weight_scale" in name}
+    static = {name.removesuffix(".input_scale") for name in stored if "input_scale" in name}
+    assert quantized - static == set(moved.dynamic)
+    account = json.loads((tmp_path / "moved" / "octavo.json").read_text())
+    assert account["budget"] == moved.model_dump(mode="json")
+    assert account["scheme"]["dynamic"] == list(moved.dynamic)
+    # A dialect that cannot move them keeps some for the same loss.
+    alone = made("alone", 0.7 * everything, "modelopt")
+    assert alone.bytes > 0
+    assert not alone.dynamic
+    # Where moving does not suffice, some are kept beside those that are moved.
+    both = made("both", 0.5 * moved.kl, format)
+    assert both.kept
+    assert both.dynamic
+    assert not set(both.kept) & set(both.dynamic)
+
+
 def test_perplexity_can_be_limited(case: Case, tmp_path: Path) -> None:
     made = quantize_within(
         case.model,
@@ -194,6 +289,22 @@ def test_the_command_tells_what_it_kept(case: Case, tmp_path: Path) -> None:
     assert "nothing" in result.stdout
     assert "KL divergence: " in result.stderr
     assert "× 128 tokens" in result.stdout
+
+
+def test_the_command_tells_what_it_moved(case: Case, tmp_path: Path) -> None:
+    model = tiny.save_tokenizer(outlying_tokens(tmp_path / "model"))
+    arguments: list[Any] = ["quantize", model, "-o", tmp_path / "out", "--format", "quark"]
+    arguments += ["--calib", case.calibration.source, "--budget-data", case.text]
+    arguments += ["--kv-cache", "none", "--max-kl"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "10"])
+    everything = re.search(r"KL, nats/token[ │]+([0-9.]+)", result.stdout)
+    assert everything is not None, result.output
+    assert "dynamic inputs for it" not in result.stdout
+    limit = f"{0.7 * float(everything[1])}"
+    result = CliRunner().invoke(app, [*map(str, arguments), limit, "--overwrite"])
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"kept for it[ │]+nothing", result.stdout)
+    assert re.search(r"dynamic inputs for it[ │]+\d+ linear layers", result.stdout)
 
 
 def test_a_window_that_is_too_long_is_refused_at_the_start(case: Case, tmp_path: Path) -> None:

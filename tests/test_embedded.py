@@ -60,6 +60,7 @@ SCHEMES = {
     "bf16": None,
     "fp8": Scheme(),
     "fp8-kept": Scheme(exclude=("*.k_proj", "model.layers.1.mlp.*"), kv_cache="none"),
+    "fp8-mixed": Scheme(dynamic=("*.down_proj", "*.0.self_attn.[qkv]_proj"), kv_cache="none"),
     "fp8-dynamic": scheme_called("fp8-dynamic"),
     "fp8-block": scheme_called("fp8-block"),
     "fp8-channel-static": scheme_called("fp8-channel-static"),

@@ -221,6 +221,13 @@ def leave_input_scale(copy: Copy) -> None:
     copy.ignore(DOWN)
 
 
+def scale_q_by_token(copy: Copy) -> None:
+    groups = copy.quantization["config_groups"]
+    by_token = groups["group_0"]["input_activations"] | {"dynamic": True, "strategy": "token"}
+    groups["group_1"] = groups["group_0"] | {"input_activations": by_token, "targets": [Q]}
+    copy.drop(f"{Q}.input_scale")
+
+
 def quantize_excluded_head(copy: Copy) -> None:
     head = copy.tensors["lm_head.weight"]
     scale = head.float().abs().max() / 448
@@ -330,6 +337,9 @@ FAULTS = {
     ),
     "unquantized but not excluded": Fault("unquantized-unlisted", "error", DOWN, unquantize_down),
     "mixed group": Fault("fusion-mixed", "warning", BLOCK, keep_q_in_bf16),
+    "mixed inputs of a group": Fault(
+        "fusion-inputs-mixed", "error", BLOCK, scale_q_by_token, "compressed-tensors"
+    ),
     "lost tie": Fault("tied-lost", "error", "lm_head.weight", tie),
     "scale of zero": Fault(
         "scale-invalid", "error", f"{DOWN}.input_scale", fill("0.mlp.down_proj.input_scale", 0.0)
@@ -786,7 +796,7 @@ def test_the_engine_is_off_the_reference(editions: Editions, tmp_path: Path) -> 
 
 def in_vllm(**changes: Any) -> LoadedModel:
     """What vLLM holds of the edition if it takes everything, but for ``changes`` of layer 0."""
-    linear = LoadedLinear("", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", True)
+    linear = LoadedLinear("", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", True, True)
     fields = {key: value for key, value in changes.items() if key in LoadedLinear._fields}
     cache_fields = {key: value for key, value in changes.items() if key in LoadedCache._fields}
     names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -820,6 +830,11 @@ def in_vllm(**changes: Any) -> LoadedModel:
             [f"{BLOCK}.{one}_proj" for one in ("q", "k", "v")],
         ),
         ({"rounds_inputs": False}, "engine-inputs", [f"{BLOCK}.qkv_proj"]),
+        (
+            {"static_inputs": False},
+            "engine-input-scales",
+            [f"{BLOCK}.{one}_proj" for one in ("q", "k", "v")],
+        ),
         ({"dtype": "auto", "k_scale": 1.0, "v_scale": 1.0}, "engine-kv-cache", [BLOCK]),
         ({"v_scale": 1.0}, "engine-kv-scales", [f"{BLOCK}.v_scale"]),
     ],

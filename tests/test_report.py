@@ -112,7 +112,7 @@ class TestNumbers:
     def test_of_an_unknown_error_nothing_is_said(self) -> None:
         assert plus_minus(Estimate(value=1.0, standard_error=None), decimals=3) == "1.000"
 
-    def test_no_error_no_more_decimals_than_asked_for(self) -> None:
+    def test_no_error_no_more_decimals_than_asked(self) -> None:
         assert plus_minus(Estimate(value=1.0, standard_error=0), decimals=1) == "1.0 ± 0.0"
 
 
@@ -178,6 +178,29 @@ class TestCard:
         assert "vllm serve smollm2-fp8 --kv-cache-dtype fp8" in card
         assert "trtllm-serve smollm2-fp8" in card
 
+    def test_what_a_budget_kept_and_moved(self, results: Results) -> None:
+        moved = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
+        kept = ["model.layers.9.self_attn.o_proj"]
+        scheme = Scheme(exclude=tuple(kept), dynamic=("*.asked", *moved))
+        budget = {
+            **{"max_kl": 0.02, "max_perplexity_increase": None, "data": "wiki.txt", "windows": 16},
+            **{"seq_len": 2048, "kl": 0.019, "kl_standard_error": 0.001, "perplexity_ratio": 1.01},
+            **{"kept": kept, "bytes": 331_776, "dynamic": moved, "tries": 3},
+        }
+        edition = results.edition.model_copy(update={"scheme": scheme}).model_dump()
+        record = results.record
+        assert record is not None
+        found = edit(results, edition=edition, record=record.model_dump() | {"budget": budget})
+        for text in (model_card(found), html_report(found)):
+            for told in (
+                "1 linear layers, 331.8 KB",
+                "Dynamic inputs for it",
+                "3 linear layers",
+                "asked, 3 linear layers, for the budget: FP8",
+                "norms, 1 linear layers, for the budget",
+            ):
+                assert told in text
+
     def test_without_a_licence_it_says_so(self, results: Results) -> None:
         card = model_card(edit(results, base_card=BaseCard()))
         assert "license" not in front_matter(card)
@@ -204,6 +227,14 @@ class TestCommands:
         code = make_again(record, "out").code
         assert "--scheme fp8-dynamic" in code
         assert code.splitlines()[-1].strip() == "--kv-cache none"
+
+    def test_dynamic_inputs_beside_static_ones(self, results: Results) -> None:
+        scheme = Scheme(dynamic=("*.down_proj", "*.1.self_attn.[qkv]_proj"))
+        record = changed(results, scheme=scheme, format="quark").record
+        assert record
+        code = make_again(record, "out").code
+        assert "--dynamic-inputs '*.down_proj'" in code
+        assert "--dynamic-inputs '*.1.self_attn.[qkv]_proj'" in code
 
     def test_without_cache_scales_no_option(self, results: Results) -> None:
         edition = results.edition.model_copy(

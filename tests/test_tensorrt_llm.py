@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from golden import E4M3, read, sha256, tensors_of
 from octavo import OctavoError, Scheme
-from octavo.formats.dialect import MODEL_CONFIG, Described, Json, Stored, Target
+from octavo.formats.dialect import MODEL_CONFIG, Described, Json, Modules, Stored, Target
 from octavo.formats.tensorrt_llm import DIALECT
 from octavo.sample import sample_model
 
@@ -50,7 +50,7 @@ class Model(NamedTuple):
 
     @property
     def files(self) -> dict[str, Json]:
-        return DIALECT.configs(self.target, self.unquantized)
+        return DIALECT.configs(self.target, Modules(self.unquantized))
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -120,7 +120,7 @@ def test_names_dtypes_and_shapes_are_modelopts(tp: int) -> None:
 @pytest.mark.parametrize("tp", [1, 3])
 def test_config_is_modelopts_and_what_it_leaves_out(tp: int) -> None:
     target = Target(sample_config(), Scheme(), tp)
-    files = DIALECT.configs(target, [])
+    files = DIALECT.configs(target, Modules())
     left_out = {
         "rotary_base": 100000.0,
         "rotary_scaling": None,
@@ -575,7 +575,9 @@ def test_the_models_config_is_put_together_where_there_is_none(kind: str, bias: 
     ],
 )
 def test_config_fields(kind: str, fields: Json, expected: Json) -> None:
-    config = DIALECT.configs(Target({**model_of(kind).target.config, **fields}, Scheme()), [])
+    config = DIALECT.configs(
+        Target({**model_of(kind).target.config, **fields}, Scheme()), Modules()
+    )
     assert config["config.json"] == config["config.json"] | expected
 
 
@@ -641,13 +643,13 @@ def test_a_fused_matrix_of_two_precisions(name: str) -> None:
     with pytest.raises(OctavoError, match=message):
         DIALECT.encode(to_meta(model.tensors), model.target)
     with pytest.raises(OctavoError, match=message):
-        DIALECT.configs(model.target, model.unquantized)
+        DIALECT.configs(model.target, Modules(model.unquantized))
 
 
 def test_exclusions_that_differ_between_stages() -> None:
     model = model_of(pp=2, unquantized=("model.layers.1.self_attn.o_proj",))
     with pytest.raises(OctavoError, match="not the same on each of the 2 pipeline stages"):
-        DIALECT.configs(model.target, model.unquantized)
+        DIALECT.configs(model.target, Modules(model.unquantized))
 
 
 def at(config: Json, path: str, value: Any) -> None:

@@ -114,8 +114,10 @@ def test_a_model() -> None:
 
     scheme: Any = Linear(torch.float8_e4m3fn, Fp8LinearMethod(per_token))
     scheme.scheme = SimpleNamespace(fp8_linear=Kernel())
+    method: Any = Linear(torch.float8_e4m3fn, Fp8LinearMethod(lambda x: x, fp8_linear=Kernel()))
+    method.input_scale = torch.tensor(0.5)
     extension = worker(
-        method=Linear(torch.float8_e4m3fn, Fp8LinearMethod(lambda x: x, fp8_linear=Kernel())),
+        method=method,
         attn=Attention("fp8_e4m3", 0.25, 0.5),
         scheme=scheme,
         plain=Linear(torch.bfloat16, Method(lambda x: x)),
@@ -131,9 +133,9 @@ def test_a_model() -> None:
     assert calls == ["octavo_loaded"]
     assert loaded.version == "0.32.0"
     assert loaded.linears == (
-        LoadedLinear("method", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", False),
-        LoadedLinear("scheme", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", True),
-        LoadedLinear("plain", "bfloat16", "Method", None, False),
+        LoadedLinear("method", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", False, True),
+        LoadedLinear("scheme", "float8_e4m3fn", "Fp8LinearMethod", "Kernel", True, False),
+        LoadedLinear("plain", "bfloat16", "Method", None, False, False),
     )
     assert loaded.caches == (LoadedCache("attn", "fp8_e4m3", 0.25, 0.5),)
 

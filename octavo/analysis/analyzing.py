@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from octavo.analysis.cost import Cost, cost_of
 from octavo.analysis.measuring import Measured, all_units, measure, nearest
-from octavo.analysis.units import LAYER, Unit, extra_bytes, extra_cache_bytes
+from octavo.analysis.units import LAYER, Unit, extra_bytes, extra_cache_bytes, moved
 from octavo.calibration import BATCH_TOKENS, Calibration
 from octavo.calibration.text import BUILTIN
 from octavo.calibration.tokens import check_vocabulary
@@ -124,25 +125,39 @@ def analyze(
     return analysis
 
 
+class LinearLoss(NamedTuple):
+    """What a group of linear layers costs.
+
+    Attributes:
+        loss: quantized as the scheme has it.
+        dynamic: quantized with dynamic inputs; None where that was not asked, or the scheme has it so.
+    """
+
+    loss: UnitLoss
+    dynamic: UnitLoss | None
+
+
 def linear_losses(
     source: Path,
     directory: Path,
     target: Path,
     *,
     scheme: Scheme,
+    dynamic: bool,
     calibration: Calibration,
     data: str | Path,
     windows: int,
     seq_len: int,
     device: str,
     on_progress: OnProgress = silent,
-) -> list[UnitLoss]:
+) -> list[LinearLoss]:
     """What :func:`analyze` finds of the groups of linear layers alone, for two thirds of the work.
 
     Args:
         source: a checkpoint directory.
         directory: an existing one, for files of hidden states.
         target: the output they are for, named in errors.
+        dynamic: also what each costs with dynamic inputs in the place of static ones: twice the work.
 
     Others, and errors, as for :func:`analyze`.
     """
@@ -152,10 +167,15 @@ def linear_losses(
         samples = calibration_tokens(job, calibration)
         tokens = _load_windows(job, data, windows, seq_len)
         settings = _settings(job, samples)
-        units = [unit for unit in all_units(job) if unit.modules and unit.name != LAYER]
+        groups = [unit for unit in all_units(job) if unit.modules and unit.name != LAYER]
+        others = moved(groups, job.scheme) if dynamic else []
+        units = sorted([*groups, *others], key=lambda unit: unit.layer)
         meter = _Meter(cost_of(job, units, samples, tokens, settings), on_progress)
         found = measure(job, units, samples, tokens, settings, directory, target, meter.add)
-        return _losses(job, found)
+        losses = dict(zip(units, _losses(job, found), strict=True))
+        return [
+            LinearLoss(losses[unit], losses.get(unit._replace(dynamic=True))) for unit in groups
+        ]
 
 
 class _Meter:

@@ -148,7 +148,10 @@ class _Quantized(NamedTuple):
         """Those of some units, by name of the module they take the place of."""
         found: dict[str, nn.Module] = {}
         for unit in units:
-            found |= {name: self.linears[name] for name in unit.modules}
+            linears = {name: self.linears[name] for name in unit.modules}
+            if unit.dynamic:
+                linears = {name: linear.with_dynamic_inputs() for name, linear in linears.items()}
+            found |= linears
             found |= {f"{block}.kv_cache": self.caches[block] for block in unit.blocks}
         return found
 
@@ -232,12 +235,13 @@ class _Layers:
 
     def _begin(self, index: int, quantized: _Quantized) -> None:
         """Run the model's hidden states through the layer with one unit quantized at a time, and those of the
-        quantized model with all of them."""
+        quantized model with all of them, in one way each."""
         slots = {unit: slot for unit, slot in self._slots.items() if unit.layer == index}
         for unit, slot in slots.items():
             with _replaced(self._decoder, index, quantized.of([unit])):
                 self._variants.run(index, [(ORIGINAL, slot)], self._on_pass)
-        with _replaced(self._decoder, index, quantized.of(slots)):
+        everything = [unit for unit in slots if not unit.dynamic]
+        with _replaced(self._decoder, index, quantized.of(everything)):
             self._variants.run(index, [(EVERYTHING, EVERYTHING)], self._on_pass)
 
     def _advance(
@@ -246,7 +250,8 @@ class _Layers:
         """Run the model's hidden states and all earlier variants' through the layer as it is."""
         linears = self._decoder.linears(index)
         watched = {name: linears[name] for name in quantized.linears}
-        maxima = activations if self._scheme.inputs == "static" else {}
+        static = [name for name in watched if self._scheme.inputs_of(name) == "static"]
+        maxima = {name: activations[name] for name in static}
         with self.inputs.watch(watched, quantized.linears, maxima):
             self._variants.run(index, [(ORIGINAL, ORIGINAL)], self._on_pass)
         earlier = [slot for unit, slot in self._slots.items() if unit.layer < index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,12 +22,14 @@ class Unit(NamedTuple):
         name: ``q/k/v``, ``o``, ``gate/up``, ``down``; :data:`KV_CACHE`; :data:`LAYER` for all of them.
         modules: linear layers that are quantized.
         blocks: attention blocks whose keys and values are.
+        dynamic: whether their inputs are dynamic where the scheme has static ones.
     """
 
     layer: int
     name: str
     modules: tuple[str, ...]
     blocks: tuple[str, ...] = ()
+    dynamic: bool = False
 
 
 def units_of(layer: int, plan: LayerPlan, scheme: Scheme) -> list[Unit]:
@@ -49,6 +51,15 @@ def units_of(layer: int, plan: LayerPlan, scheme: Scheme) -> list[Unit]:
     linears = tuple(module for unit in found for module in unit.modules)
     blocks = tuple(block for unit in found for block in unit.blocks)
     return [*found, Unit(layer, LAYER, linears, blocks)]
+
+
+def moved(units: Iterable[Unit], scheme: Scheme) -> list[Unit]:
+    """Those units whose linear layers have static inputs, with dynamic ones."""
+    return [
+        unit._replace(dynamic=True)
+        for unit in units
+        if any(scheme.inputs_of(module) == "static" for module in unit.modules)
+    ]
 
 
 def extra_bytes(unit: Unit, plan: LayerPlan, source: Mapping[str, Tensor], scheme: Scheme) -> int:

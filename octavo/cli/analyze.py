@@ -31,6 +31,9 @@ def analyze(
         list[str] | None,
         typer.Option(metavar="GLOB", help="Leave matching modules as they are. Repeatable."),
     ] = None,
+    dynamic_inputs: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="As for quantize. Repeatable.")
+    ] = None,
     merge_scales: Annotated[
         bool, typer.Option("--merge-scales", help="One weight scale for q/k/v and for gate/up.")
     ] = False,
@@ -80,6 +83,7 @@ def analyze(
                 scheme,
                 kv_cache=None if kv_cache is None else kv_cache.value,
                 exclude=tuple(exclude or ()),
+                dynamic=tuple(dynamic_inputs or ()),
                 merge_scales=merge_scales,
                 scales=scales.value,
             ),

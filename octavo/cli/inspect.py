@@ -137,8 +137,9 @@ def _scheme_rows(found: Inspection) -> Rows:
         ("inputs", scheme.inputs),
         ("KV cache", scheme.kv_cache),
     ]
-    excluded = fold(scheme.exclude)
-    return [*rows, ("left unquantized", "\n".join(excluded))] if excluded else rows
+    exceptions = {"dynamic inputs in": scheme.dynamic, "left unquantized": scheme.exclude}
+    told = [(title, "\n".join(fold(names))) for title, names in exceptions.items() if names]
+    return [*rows, *told]
 
 
 def _layers(layers: Iterable[Layer]) -> Table:

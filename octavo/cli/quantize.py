@@ -82,6 +82,13 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="GLOB", help="Keep matching modules in their dtype. Repeatable."),
     ] = None,
+    dynamic_inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Dynamic inputs for matching modules, static ones for the rest (quark, compressed-tensors). Repeatable.",
+        ),
+    ] = None,
     merge_scales: Annotated[
         bool, typer.Option("--merge-scales", help="One weight scale for q/k/v and for gate/up.")
     ] = False,
@@ -103,7 +110,8 @@ def quantize(
         float | None,
         typer.Option(
             metavar="NATS",
-            help="Keep as few bytes of linear layers in their dtype as it takes for KL(model ‖ edition) to stay within this.",
+            help="Keep as few bytes of linear layers in their dtype as it takes for KL(model ‖ edition) to stay within this; "
+            "where the format allows it, give some dynamic inputs first.",
         ),
     ] = None,
     max_perplexity_increase: Annotated[
@@ -159,6 +167,7 @@ def quantize(
                 scheme,
                 kv_cache=None if kv_cache is None else kv_cache.value,
                 exclude=tuple(exclude or ()),
+                dynamic=tuple(dynamic_inputs or ()),
                 merge_scales=merge_scales,
                 rounding=rounding.value,
                 scales=scales.value,
@@ -271,10 +280,12 @@ def _quantize_table(result: QuantizeResult, budget: BudgetRecord | None) -> Tabl
 
 def _budget_rows(budget: BudgetRecord) -> list[tuple[str, str]]:
     kept = f"{len(budget.kept)} linear layers, {format_bytes(budget.bytes)}"
+    moved = f"{len(budget.dynamic)} linear layers"
     return [
         ("KL, nats/token", f"{budget.kl:.5f}"),
         ("perplexity ratio", f"{budget.perplexity_ratio:.5f}"),
         ("measured on", f"{budget.data}, {budget.windows} × {budget.seq_len} tokens"),
         ("kept for it", kept if budget.kept else "nothing"),
+        *([("dynamic inputs for it", moved)] if budget.dynamic else []),
         ("editions made", f"{budget.tries}"),
     ]

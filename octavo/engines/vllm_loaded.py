@@ -25,6 +25,7 @@ class LoadedLinear(NamedTuple):
         method: the class that loaded it (``ModelOptLinearMethod``).
         kernel: the class that computes the product; None where it is not quantized.
         rounds_inputs: whether the product is of inputs rounded to FP8, found by trying.
+        static_inputs: whether it has a scale for them.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LoadedLinear(NamedTuple):
     method: str
     kernel: str | None
     rounds_inputs: bool
+    static_inputs: bool
 
 
 class LoadedCache(NamedTuple):
@@ -109,6 +111,7 @@ def _linear(name: str, layer: Any) -> LoadedLinear:
         type(layer.quant_method).__name__,
         None if kernel is None else type(kernel).__name__,
         kernel is not None and _rounds_inputs(layer),
+        getattr(layer, "input_scale", None) is not None,
     )
 
 

@@ -8,7 +8,7 @@ are the promise, as in vLLM's own dialect.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from octavo.formats.dialect import (
@@ -17,9 +17,10 @@ from octavo.formats.dialect import (
     Dialect,
     Files,
     Json,
+    Modules,
     Target,
     Tensors,
-    excluded,
+    matching,
     quantization_section,
     rename_suffixes,
     renamed,
@@ -39,12 +40,12 @@ def encode(tensors: Tensors, target: Target) -> dict[str, Tensor]:
     return rename_suffixes(tensors, _NAMES)
 
 
-def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
+def configs(target: Target, modules: Modules) -> dict[str, Json]:
     """``config.json`` with DeepSeek's section, as `transformers` and vLLM read it."""
     quantization = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
-        "modules_to_not_convert": ["lm_head", *unquantized],
+        "modules_to_not_convert": ["lm_head", *modules.unquantized],
         "quant_method": "fp8",
         "weight_block_size": [BLOCK, BLOCK],
     }
@@ -74,7 +75,7 @@ def decode(files: Files, tensors: Mapping[str, Described]) -> Decoded:
         weights="block",
         inputs="dynamic",
         kv_cache="fp8" if any(name.endswith(".k_scale") for name in tensors) else "none",
-        exclude=excluded(tensors, ignored),
+        exclude=matching(tensors, ignored),
     )
     return Decoded(without_quantization(files["config.json"]), scheme, renamed(tensors, _NAMES))
 

@@ -2,11 +2,15 @@
 
 The format's specification is compressed-tensors' ``QuantizationArgs``. Scales are never scalars
 there: ``[1]``, ``[out, 1]`` or one for each block.
+
+A config group of all ``Linear`` modules says how most are quantized; a second one names those with dynamic
+inputs beside static ones. Readers look for a module's own name first, then for its class (``match_targets`` of
+compressed-tensors 0.20, ``find_matched_target`` of vLLM 0.32; vLLM wants what it fuses to be in one group).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from octavo.formats.dialect import (
@@ -15,16 +19,17 @@ from octavo.formats.dialect import (
     Dialect,
     Files,
     Json,
+    Modules,
     Target,
     Tensors,
-    excluded,
+    matching,
     quantization_section,
     renamed,
     scheme_of,
     unsupported,
     without_quantization,
 )
-from octavo.scheme import BLOCK, Granularity
+from octavo.scheme import BLOCK, KINDS, Granularity, Inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +75,7 @@ def encode(tensors: Tensors, target: Target) -> dict[str, Tensor]:
     }
 
 
-def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
+def configs(target: Target, modules: Modules) -> dict[str, Json]:
     """``config.json`` with the format's section."""
     scheme = target.scheme
     group = {
@@ -80,11 +85,18 @@ def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
         "targets": ["Linear"],
         "weights": _WEIGHTS[scheme.weights],
     }
+    groups = {"group_0": group}
+    if modules.dynamic:
+        groups["group_1"] = {
+            **group,
+            "input_activations": _TOKEN,
+            "targets": list(modules.dynamic),
+        }
     quantization = {
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
         "format": "float-quantized",
         "global_compression_ratio": None,
-        "ignore": ["lm_head", *unquantized],
+        "ignore": ["lm_head", *modules.unquantized],
         "kv_cache_scheme": _KV_CACHE if scheme.kv_cache == "fp8" else None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
@@ -107,36 +119,54 @@ def decode(files: Files, tensors: Mapping[str, Described]) -> Decoded:
         raise unsupported("compressed-tensors", f"the format {section.get('format')!r}")
     groups = section.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
-    if (
-        len(groups) != 1
-        or not isinstance(groups[0], dict)
-        or groups[0].get("targets") != ["Linear"]
-    ):
+    of_all = [group for group in groups if _targets(group) == ["Linear"]]
+    if len(of_all) != 1:
         raise unsupported("compressed-tensors", "other groups than one of all Linear modules")
-    weights = _known(groups[0].get("weights"), _WEIGHTS, "weights")
-    inputs = groups[0].get("input_activations")
-    kinds = [kind for kind, spec in _INPUTS.items() if _agrees(inputs, spec)]
-    if not kinds or not isinstance(inputs, dict):
-        raise unsupported("compressed-tensors", f"input_activations of the kind {inputs!r}")
+    weights, inputs = _arithmetic(of_all[0])
+    dynamic: tuple[str, ...] = ()
+    for group in groups:
+        if group is of_all[0]:
+            continue
+        if inputs != "static" or _arithmetic(group) != (weights, "dynamic"):
+            raise unsupported(
+                "compressed-tensors",
+                "more than one group, other than of dynamic inputs beside static ones of all Linear modules",
+            )
+        dynamic += matching(tensors, _targets(group))
     cache = section.get("kv_cache_scheme")
     if cache is not None and not _agrees(cache, _KV_CACHE):
         raise unsupported("compressed-tensors", f"the KV cache {cache!r}")
     scheme = scheme_of(
         "compressed-tensors",
-        tuple(kinds),
+        tuple(_INPUTS),
         weights,
-        "dynamic" if inputs["dynamic"] else "static",
+        inputs,
         kv_cache="none" if cache is None else "fp8",
-        exclude=excluded(tensors, section.get("ignore")),
+        exclude=matching(tensors, section.get("ignore")),
+        dynamic=dynamic,
     )
     return Decoded(without_quantization(files["config.json"]), scheme, renamed(tensors, {}))
 
 
-def _known(found: object, known: Mapping[Granularity, Json], what: str) -> Granularity:
-    for name, spec in known.items():
-        if _agrees(found, spec):
-            return name
-    raise unsupported("compressed-tensors", f"{what} of the kind {found!r}")
+def _targets(group: object) -> object:
+    return group.get("targets") if isinstance(group, dict) else None
+
+
+def _arithmetic(group: object) -> tuple[Granularity, Inputs]:
+    """How the modules of a group are quantized."""
+    fields = group if isinstance(group, dict) else {}
+    found, activations = fields.get("weights"), fields.get("input_activations")
+    weights = next((name for name, spec in _WEIGHTS.items() if _agrees(found, spec)), None)
+    if weights is None:
+        raise unsupported("compressed-tensors", f"weights of the kind {found!r}")
+    fitting = (KINDS[kind] for kind, spec in _INPUTS.items() if _agrees(activations, spec))
+    inputs = next((inputs for granularity, inputs in fitting if granularity == weights), None)
+    if inputs is None:
+        raise unsupported(
+            "compressed-tensors",
+            f"input_activations of the kind {activations!r} beside {weights} weight scales",
+        )
+    return weights, inputs
 
 
 def _agrees(found: Any, spec: Json) -> bool:
@@ -154,4 +184,4 @@ def _agrees(found: Any, spec: Json) -> bool:
     return isinstance(found, dict) and all(found.get(key) == spec[key] for key in decisive)
 
 
-DIALECT = Dialect(tuple(_INPUTS), encode, configs, recognizes, decode)
+DIALECT = Dialect(tuple(_INPUTS), encode, configs, recognizes, decode, by_module=True)

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from octavo.errors import OctavoError
-from octavo.scheme import Granularity, Inputs, Scheme
+from octavo.scheme import KINDS, Granularity, Inputs, Scheme
 
 if TYPE_CHECKING:  # the command line lists the formats without waiting for PyTorch
     import torch
@@ -57,6 +57,18 @@ class Target(NamedTuple):
     pp: int = 1
 
 
+class Modules(NamedTuple):
+    """Linear layers of decoder layers that are not as the scheme's name says.
+
+    Attributes:
+        unquantized: those that keep the model's dtype.
+        dynamic: those with dynamic inputs beside the static ones of the others.
+    """
+
+    unquantized: Sequence[str] = ()
+    dynamic: Sequence[str] = ()
+
+
 class Piece(NamedTuple):
     """A stored tensor, or some of its rows.
 
@@ -82,7 +94,7 @@ class Decoded(NamedTuple):
     Attributes:
         config: the model's ``config.json``, without the quantization.
         scheme: what the dialect's config promises; ``exclude`` has patterns for what it leaves
-            unquantized.
+            unquantized, ``dynamic`` for dynamic inputs beside static ones.
         tensors: where each canonical tensor lies.
     """
 
@@ -99,11 +111,12 @@ class Dialect(NamedTuple):
         merges: whether it has one weight scale for what engines fuse (q/k/v, gate/up).
         fuses: linear layers it stores as one tensor, by the last part of their names.
         ranks: whether it keeps a file for each rank of tensor and pipeline parallelism.
+        by_module: whether its config says for each linear layer how inputs are scaled.
         encode: canonical tensors to the dialect's names and shapes. Works on meta tensors, which
             is how an edition is laid out before it is computed. Takes any tensors that belong
             together: linear layers it fuses, each with its scales and bias; keys' scale with values'.
-        configs: the JSON files of the dialect by name, from the target and the names of linear
-            layers of decoder layers left unquantized.
+        configs: the JSON files of the dialect by name, from the target and the names of the linear
+            layers it makes exceptions for.
         recognizes: whether JSON files are of this dialect.
         decode: what they and the stored tensors mean. Raises OctavoError where Octavo cannot
             compute it.
@@ -111,12 +124,20 @@ class Dialect(NamedTuple):
 
     carries: tuple[str, ...]
     encode: Callable[[Tensors, Target], dict[str, Tensor]]
-    configs: Callable[[Target, Sequence[str]], dict[str, Json]]
+    configs: Callable[[Target, Modules], dict[str, Json]]
     recognizes: Callable[[Files], bool]
     decode: Callable[[Files, Mapping[str, Described]], Decoded]
     merges: bool = False
     fuses: tuple[tuple[str, ...], ...] = ()
     ranks: bool = False
+    by_module: bool = False
+
+    def mixes(self, kind: str) -> bool:
+        """Whether linear layers of the scheme ``kind``, of static inputs, can have dynamic ones beside them."""
+        weights, inputs = KINDS[kind]
+        kinds = {KINDS[name] for name in self.carries}
+        both = {(weights, "static"), (weights, "dynamic")} <= kinds
+        return self.by_module and inputs == "static" and both
 
 
 def quantization_section(files: Files) -> Json:
@@ -166,7 +187,7 @@ def renamed(names: Iterable[str], suffixes: Mapping[str, str]) -> dict[str, Stor
     return found
 
 
-def excluded(names: Iterable[str], patterns: object) -> tuple[str, ...]:
+def matching(names: Iterable[str], patterns: object) -> tuple[str, ...]:
     """The modules among tensors that a dialect's list of exceptions means.
 
     Args:

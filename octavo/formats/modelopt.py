@@ -9,7 +9,7 @@ wrote the edition.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from octavo.formats.dialect import (
@@ -18,9 +18,10 @@ from octavo.formats.dialect import (
     Dialect,
     Files,
     Json,
+    Modules,
     Target,
     Tensors,
-    excluded,
+    matching,
     quantization_section,
     rename_suffixes,
     renamed,
@@ -55,11 +56,11 @@ def encode(tensors: Tensors, target: Target) -> dict[str, Tensor]:
     return rename_suffixes(encoded, _NAMES)
 
 
-def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
+def configs(target: Target, modules: Modules) -> dict[str, Json]:
     """``config.json`` for current readers and ``hf_quant_config.json`` for older ones."""
     scheme = target.scheme
     algorithm = _ALGORITHMS[scheme.kind]
-    ignored = ["lm_head", "model.embed_tokens", *unquantized]
+    ignored = ["lm_head", "model.embed_tokens", *modules.unquantized]
     quantization: Json = {
         "config_groups": {"group_0": {**_GROUPS[scheme.kind], "targets": ["Linear"]}},
         "ignore": ignored,
@@ -107,7 +108,7 @@ def decode(files: Files, tensors: Mapping[str, Described]) -> Decoded:
         weights=weights,
         inputs=inputs,
         kv_cache="fp8" if cache else "none",
-        exclude=excluded(tensors, ignored),
+        exclude=matching(tensors, ignored),
     )
     return Decoded(without_quantization(files["config.json"]), scheme, renamed(tensors, _NAMES))
 

@@ -2,11 +2,16 @@
 
 Quark stores the scales of keys and values as output scales of ``k_proj`` and ``v_proj``. Its own
 exports give both the larger of the two; here each keeps its own.
+
+``layer_quant_config`` has what differs from the rest, by module name or pattern. Readers take the first that fits
+(``get_layer_quant_config`` of amd-quark 0.13, ``get_layer_quant_config_from_name`` of vLLM 0.32; vLLM wants what it fuses to
+be alike), so names come before the patterns that say what is cached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from octavo.formats.dialect import (
@@ -15,9 +20,10 @@ from octavo.formats.dialect import (
     Dialect,
     Files,
     Json,
+    Modules,
     Target,
     Tensors,
-    excluded,
+    matching,
     quantization_section,
     rename_suffixes,
     renamed,
@@ -25,7 +31,7 @@ from octavo.formats.dialect import (
     unsupported,
     without_quantization,
 )
-from octavo.scheme import Granularity
+from octavo.scheme import Granularity, Inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +66,9 @@ _PER_CHANNEL: Json = {
 _PER_TOKEN: Json = {**_PER_CHANNEL, "ch_axis": 1, "is_dynamic": True}
 _KV_CACHE: Json = {**_PER_TENSOR, "scale_type": None}
 _WEIGHTS: dict[Granularity, Json] = {"tensor": _PER_TENSOR, "channel": _PER_CHANNEL}
+_INPUTS: dict[Inputs, Json] = {"static": _PER_TENSOR, "dynamic": _PER_TOKEN}
+_CACHED = ("*k_proj", "*v_proj")
+_SCALE = ".weight_scale"
 
 
 def encode(tensors: Tensors, target: Target) -> dict[str, Tensor]:
@@ -72,21 +81,26 @@ def encode(tensors: Tensors, target: Target) -> dict[str, Tensor]:
     return rename_suffixes(encoded, _NAMES)
 
 
-def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
+def configs(target: Target, modules: Modules) -> dict[str, Json]:
     """``config.json`` with Quark's section."""
     scheme = target.scheme
-    layer = {
-        "bias": None,
-        "input_tensors": _PER_TENSOR if scheme.inputs == "static" else _PER_TOKEN,
-        "output_tensors": None,
-        "target_device": None,
-        "weight": _WEIGHTS[scheme.weights],
-    }
-    kv_groups = ["*k_proj", "*v_proj"] if scheme.kv_cache == "fp8" else []
-    kv_layers = {group: {**layer, "output_tensors": _KV_CACHE} for group in kv_groups}
+    kv_groups = list(_CACHED) if scheme.kv_cache == "fp8" else []
+
+    def layer(name: str, inputs: Inputs) -> Json:
+        cached = _first_fitting(name, kv_groups) is not None
+        return {
+            "bias": None,
+            "input_tensors": _INPUTS[inputs],
+            "output_tensors": _KV_CACHE if cached else None,
+            "target_device": None,
+            "weight": _WEIGHTS[scheme.weights],
+        }
+
+    moved = {name: layer(name, "dynamic") for name in modules.dynamic}
+    kv_layers = {group: layer(group, scheme.inputs) for group in kv_groups}
     quantization = {
         "algo_config": None,
-        "exclude": ["lm_head", *unquantized],
+        "exclude": ["lm_head", *modules.unquantized],
         "export": {
             "kv_cache_group": kv_groups,
             "min_kv_scale": 0.0,
@@ -94,10 +108,10 @@ def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
             "weight_format": "real_quantized",
             "weight_merge_groups": None,
         },
-        "global_quant_config": layer,
+        "global_quant_config": layer("", scheme.inputs),
         "kv_cache_post_rope": False,
         "kv_cache_quant_config": kv_layers,
-        "layer_quant_config": kv_layers,
+        "layer_quant_config": moved | kv_layers,
         "layer_type_quant_config": {},
         "quant_method": "quark",
         "quant_mode": "eager_mode",
@@ -115,9 +129,46 @@ def recognizes(files: Files) -> bool:
 def decode(files: Files, tensors: Mapping[str, Described]) -> Decoded:
     """What the section promises."""
     section = quantization_section(files)
-    layer = section.get("global_quant_config")
-    layer = layer if isinstance(layer, dict) else {}
-    weight, inputs = layer.get("weight"), layer.get("input_tensors")
+    weights, inputs = _arithmetic(section.get("global_quant_config"))
+    layers = section.get("layer_quant_config")
+    layers = layers if isinstance(layers, dict) else {}
+    quantized = [name.removesuffix(_SCALE) for name in tensors if name.endswith(_SCALE)]
+    dynamic = []
+    for module in quantized:
+        own = _first_fitting(module, layers)
+        found = (weights, inputs) if own is None else _arithmetic(layers[own])
+        if found == (weights, inputs):
+            continue
+        if inputs != "static" or found != (weights, "dynamic"):
+            raise unsupported(
+                "quark",
+                f"{found[0]} weight scales and {found[1]} inputs of {module} beside {weights} weight scales and {inputs} "
+                "inputs of all others",
+            )
+        dynamic.append(module)
+    export = section.get("export")
+    groups = export.get("kv_cache_group") if isinstance(export, dict) else None
+    scheme = scheme_of(
+        "quark",
+        CARRIES,
+        weights,
+        inputs,
+        kv_cache="fp8" if groups else "none",
+        exclude=matching(tensors, section.get("exclude")),
+        dynamic=tuple(dynamic),
+    )
+    return Decoded(without_quantization(files["config.json"]), scheme, renamed(tensors, _NAMES))
+
+
+def _first_fitting(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that a module's name fits, as readers of the format have it."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def _arithmetic(layer: object) -> tuple[Granularity, Inputs]:
+    """How a layer is quantized."""
+    fields = layer if isinstance(layer, dict) else {}
+    weight, inputs = fields.get("weight"), fields.get("input_tensors")
     for what, tensor in (("weights", weight), ("inputs", inputs)):
         if not isinstance(tensor, dict) or tensor.get("dtype") != "fp8_e4m3":
             raise unsupported("quark", f"{what} of the kind {tensor!r}")
@@ -133,18 +184,8 @@ def decode(files: Files, tensors: Mapping[str, Described]) -> Decoded:
     if dynamic and (inputs.get("qscheme"), inputs.get("ch_axis")) != ("per_channel", 1):
         axis = inputs.get("ch_axis")
         raise unsupported("quark", f"dynamic inputs {inputs.get('qscheme')!r} along axis {axis!r}")
-    export = section.get("export")
-    groups = export.get("kv_cache_group") if isinstance(export, dict) else None
-    scheme = scheme_of(
-        "quark",
-        CARRIES,
-        granularity,
-        "dynamic" if dynamic else "static",
-        kv_cache="fp8" if groups else "none",
-        exclude=excluded(tensors, section.get("exclude")),
-    )
-    return Decoded(without_quantization(files["config.json"]), scheme, renamed(tensors, _NAMES))
+    return granularity, "dynamic" if dynamic else "static"
 
 
 CARRIES = ("fp8", "fp8-dynamic", "fp8-tensor-dynamic")
-DIALECT = Dialect(CARRIES, encode, configs, recognizes, decode)
+DIALECT = Dialect(CARRIES, encode, configs, recognizes, decode, by_module=True)

@@ -31,6 +31,7 @@ from octavo.formats.dialect import (
     Dialect,
     Files,
     Json,
+    Modules,
     Piece,
     Stored,
     Target,
@@ -287,7 +288,7 @@ def _share(name: str, tensor: Tensor, linear: _Linear, rank: int, config: _Confi
     return tensor[part * rows : (part + 1) * rows]
 
 
-def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
+def configs(target: Target, modules: Modules) -> dict[str, Json]:
     """``config.json`` as ModelOpt writes it with what it leaves out, and the model's own.
 
     Raises:
@@ -297,7 +298,7 @@ def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
     config = _validated(written, "The model's config.json")
     # A config.json of `transformers` may leave these two to be derived.
     written |= {"num_key_value_heads": config.kv_heads, "head_size": config.head_dim}
-    written["quantization"]["exclude_modules"] += _exclusions(unquantized, config)
+    written["quantization"]["exclude_modules"] += _exclusions(modules.unquantized, config)
     return {"config.json": written, MODEL_CONFIG: target.config}
 
 

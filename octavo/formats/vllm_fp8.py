@@ -7,7 +7,7 @@ are there is the promise, and ``--kv-cache-dtype fp8`` is what makes the engine 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from octavo.formats.dialect import (
@@ -16,9 +16,10 @@ from octavo.formats.dialect import (
     Dialect,
     Files,
     Json,
+    Modules,
     Target,
     Tensors,
-    excluded,
+    matching,
     quantization_section,
     renamed,
     unsupported,
@@ -37,11 +38,11 @@ def encode(tensors: Tensors, target: Target) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def configs(target: Target, unquantized: Sequence[str]) -> dict[str, Json]:
+def configs(target: Target, modules: Modules) -> dict[str, Json]:
     """``config.json`` with vLLM's section."""
     quantization = {
         "activation_scheme": target.scheme.inputs,
-        "ignored_layers": ["lm_head", *unquantized],
+        "ignored_layers": ["lm_head", *modules.unquantized],
         "quant_method": "fp8",
     }
     return {"config.json": {**target.config, "quantization_config": quantization}}
@@ -63,7 +64,7 @@ def decode(files: Files, tensors: Mapping[str, Described]) -> Decoded:
     scheme = Scheme(
         inputs=_ACTIVATIONS[activations],
         kv_cache="fp8" if any(name.endswith(".k_scale") for name in tensors) else "none",
-        exclude=excluded(tensors, ignored),
+        exclude=matching(tensors, ignored),
     )
     return Decoded(without_quantization(files["config.json"]), scheme, renamed(tensors, {}))
 

@@ -75,6 +75,19 @@ def _mixed(survey: Survey) -> Iterator[Fault]:
             yield Fault(parent, f"FP8 in {', '.join(quantized)}, not in {', '.join(others)}")
 
 
+def _inputs_mixed(survey: Survey) -> Iterator[Fault]:
+    if survey.scheme is None:
+        return
+    for members in fused_groups(survey.outline.linears):
+        quantized = [module for module in members if module in survey.codes]
+        dynamic = survey.scheme.differing(quantized)
+        if dynamic and len(dynamic) < len(quantized):
+            last = [module.rpartition(".")[2] for module in dynamic]
+            others = [module.rpartition(".")[2] for module in quantized if module not in dynamic]
+            parent = members[0].rpartition(".")[0]
+            yield Fault(parent, f"dynamic inputs in {', '.join(last)}, not in {', '.join(others)}")
+
+
 def _untied(survey: Survey) -> Iterator[Fault]:
     for name in survey.untied:
         yield Fault(name, f"another tensor than {survey.outline.tied[name]}")
@@ -149,6 +162,14 @@ CHECKS: tuple[Check[Survey], ...] = (
         _mixed,
         "One precision in what engines fuse: q/k/v, and gate/up.",
         "vLLM refuses such a checkpoint. Exclude all of the group or none of it.",
+    ),
+    Check(
+        "fusion-inputs-mixed",
+        Severity.error,
+        _inputs_mixed,
+        "Static or dynamic inputs in what engines fuse: q/k/v, and gate/up.",
+        "vLLM refuses Quark's checkpoints of that kind, and in compressed-tensors' takes all of the group for static. "
+        "Quantize the original checkpoint again, with the same inputs in all of the group.",
     ),
     Check(
         "tied-lost",

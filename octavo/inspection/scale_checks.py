@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from octavo.canonical import fused_groups
 from octavo.inspection.findings import Check, Fault, Severity
 from octavo.inspection.survey import SCALES, Survey
+from octavo.scheme import Inputs
 
 _INPUT = ".input_scale"
 _KV = (".k_scale", ".v_scale")
@@ -68,19 +69,23 @@ def _weight_scales_missing(survey: Survey) -> Iterator[Fault]:
 
 
 def _input_scales_missing(survey: Survey) -> Iterator[Fault]:
-    if survey.scheme is None or survey.scheme.inputs != "static":
-        return
-    for module in survey.quantized:
+    for module in _having(survey, "static"):
         if f"{module}.input_scale" not in survey.scales:
             yield Fault(f"{module}.input_scale", "no scale")
 
 
 def _input_scales_unpromised(survey: Survey) -> Iterator[Fault]:
-    if survey.scheme is None or survey.scheme.inputs == "static":
-        return
-    for module in survey.quantized:
+    for module in _having(survey, "dynamic"):
         if f"{module}.input_scale" in survey.scales:
             yield Fault(f"{module}.input_scale", "a scale, though inputs are dynamic")
+
+
+def _having(survey: Survey, inputs: Inputs) -> list[str]:
+    """The quantized modules whose inputs the config promises to be so."""
+    scheme = survey.scheme
+    if scheme is None:
+        return []
+    return [module for module in survey.quantized if scheme.inputs_of(module) == inputs]
 
 
 def _kv_scales_missing(survey: Survey) -> Iterator[Fault]:

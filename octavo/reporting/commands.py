@@ -39,6 +39,7 @@ def make_again(record: Record, edition: str) -> Snippet:
         )
         options.append(["--seed", f"{calibration.seed}"])
     options.extend(["--exclude", pattern] for pattern in scheme.exclude)
+    options.extend(["--dynamic-inputs", pattern] for pattern in scheme.dynamic)
     if scheme.merge_scales:
         options.append(["--merge-scales"])
     options.extend(

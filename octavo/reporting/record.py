@@ -55,7 +55,7 @@ class WeightError(Frozen):
 
 
 class BudgetRecord(Frozen):
-    """The loss that was allowed, and what was kept in the model's dtype for it.
+    """The loss that was allowed, and what was kept in the model's dtype, or moved to dynamic inputs, for it.
 
     Attributes:
         max_kl: mean KL(model ‖ edition) allowed, in nats; None where perplexity was limited.
@@ -68,6 +68,7 @@ class BudgetRecord(Frozen):
         perplexity_ratio: found, edition over model.
         kept: linear layers.
         bytes: that the edition is larger by.
+        dynamic: linear layers that are quantized, with dynamic inputs.
         tries: editions that were made to find it.
     """
 
@@ -81,6 +82,7 @@ class BudgetRecord(Frozen):
     perplexity_ratio: float
     kept: tuple[str, ...]
     bytes: Annotated[int, Field(ge=0)]
+    dynamic: tuple[str, ...] = ()
     tries: PositiveInt
 
 

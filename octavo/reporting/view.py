@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from octavo.reporting import table
@@ -89,19 +90,27 @@ def limits(results: Results) -> list[str]:
 def quantized(scheme: Scheme, record: Record | None = None) -> Pairs:
     """What a scheme quantizes, and how."""
     shared = ", shared by q/k/v and by gate/up" if scheme.merge_scales else ""
-    for_budget = record.budget.kept if record and record.budget else ()
-    asked = [pattern for pattern in scheme.exclude if pattern not in for_budget]
-    chosen = [f"{len(for_budget)} linear layers, for the budget"] if for_budget else []
-    kept = ["lm_head", "embeddings", "norms", *asked, *chosen]
+    budget = record.budget if record else None
+    excluded = _named(scheme.exclude, budget.kept if budget else ())
+    dynamic = _named(scheme.dynamic, budget.dynamic if budget else ())
+    kept = ["lm_head", "embeddings", "norms", *excluded]
+    moved = [("Dynamic inputs", f"{', '.join(dynamic)}: {_INPUTS['dynamic']}")] if dynamic else []
     rounded = [("Codes", _ROUNDING[record.scheme.rounding])] if record else []
     return [
         ("Weights", f"FP8 (E4M3), symmetric, {_WEIGHTS[scheme.weights]}{shared}"),
         *rounded,
         ("Activations", f"inputs of the same linear layers: {_INPUTS[scheme.inputs]}"),
+        *moved,
         ("KV cache", _KV_CACHE[scheme.kv_cache]),
         ("Layers", "every linear layer of the decoder blocks, but for those kept"),
         ("Kept in the model's dtype", ", ".join(kept)),
     ]
+
+
+def _named(modules: Sequence[str], for_budget: Sequence[str]) -> list[str]:
+    """Linear layers as a scheme has them, those that a budget chose as their number."""
+    asked = [pattern for pattern in modules if pattern not in for_budget]
+    return [*asked, f"{len(for_budget)} linear layers, for the budget"] if for_budget else asked
 
 
 def _budget(budget: BudgetRecord | None) -> Pairs:
@@ -125,6 +134,11 @@ def _budget(budget: BudgetRecord | None) -> Pairs:
             f"{len(budget.kept)} linear layers, {format_bytes(budget.bytes)}"
             if budget.kept
             else "nothing",
+        ),
+        *(
+            [("Dynamic inputs for it", f"{len(budget.dynamic)} linear layers")]
+            if budget.dynamic
+            else []
         ),
     ]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from octavo.engines.vllm_loaded import LoadedLinear
 from octavo.inspection import Check, Fault, Severity
+from octavo.inspection.tables import Linear
 from octavo.verification.running import Ran
 
 # What vLLM makes of the checkpoint's linear layers that read the same input.
@@ -59,15 +61,20 @@ def _chance(ran: Ran) -> Iterator[Fault]:
         )
 
 
-def _weights_not_taken(ran: Ran) -> Iterator[Fault]:
-    if ran.loaded is None:
-        return
-    layers = {layer.name: layer for layer in ran.loaded.linears}
+def _pairs(ran: Ran) -> Iterator[tuple[Linear, LoadedLinear]]:
+    """The checkpoint's linear layers, each with what it became in the engine."""
+    layers = {layer.name: layer for layer in ran.loaded.linears} if ran.loaded else {}
     for linear in ran.inspection.linears:
         parent, _, last = linear.module.rpartition(".")
-        layer = layers.get(f"{parent}.{_FUSED.get(last, last)}")
+        name = f"{parent}.{_FUSED.get(last, last)}"
+        if name in layers:
+            yield linear, layers[name]
+
+
+def _weights_not_taken(ran: Ran) -> Iterator[Fault]:
+    for linear, layer in _pairs(ran):
         # Some kernels repack FP8 weights as integers.
-        if layer and (linear.dtype in _UNQUANTIZED) != (layer.weight_dtype in _UNQUANTIZED):
+        if (linear.dtype in _UNQUANTIZED) != (layer.weight_dtype in _UNQUANTIZED):
             dtypes = f"{linear.dtype} in the checkpoint, {layer.weight_dtype} in vLLM"
             yield Fault(linear.module, f"{dtypes} ({layer.method})")
 
@@ -76,6 +83,17 @@ def _inputs_not_rounded(ran: Ran) -> Iterator[Fault]:
     for layer in ran.loaded.linears if ran.loaded else ():
         if layer.weight_dtype == "float8_e4m3fn" and not layer.rounds_inputs:
             yield Fault(layer.name, f"inputs that are not rounded to FP8 ({layer.kernel})")
+
+
+def _inputs_scaled_otherwise(ran: Ran) -> Iterator[Fault]:
+    scheme = ran.inspection.scheme
+    for linear, layer in _pairs(ran):
+        if scheme is None or linear.dtype in _UNQUANTIZED or layer.weight_dtype in _UNQUANTIZED:
+            continue
+        promised = scheme.inputs_of(linear.module)
+        found = "static" if layer.static_inputs else "dynamic"
+        if promised != found:
+            yield Fault(linear.module, f"{promised} inputs in the checkpoint, {found} in vLLM")
 
 
 def _cache_not_taken(ran: Ran) -> Iterator[Fault]:
@@ -148,6 +166,13 @@ CHECKS: tuple[Check[Ran], ...] = (
         _inputs_not_rounded,
         "Products of FP8 weights and FP8 inputs.",
         "This device has no FP8 arithmetic that vLLM uses: memory is saved, time is not.",
+    ),
+    Check(
+        "engine-input-scales",
+        Severity.warning,
+        _inputs_scaled_otherwise,
+        "Static inputs where the checkpoint has scales for them, and dynamic ones elsewhere.",
+        "vLLM reads the config of this dialect in another way: convert the edition to another one (`octavo convert`).",
     ),
     Check(
         "engine-kv-cache",

@@ -22,6 +22,7 @@ from peers.comparing import (
     check_logits,
     check_products,
     check_weights,
+    fp8_linears,
     from_pretrained,
     logits,
     make,
@@ -29,7 +30,8 @@ from peers.comparing import (
 
 pytestmark = pytest.mark.peer
 
-KINDS = FORMATS["compressed-tensors"].carries
+DIALECT = FORMATS["compressed-tensors"]
+KINDS = DIALECT.carries
 CACHES = ("fp8", "none")
 
 
@@ -54,6 +56,24 @@ def test_biases_tied_embeddings_and_exclusions(compressed_tensors: Any, tmp_path
     exclude = ("*.layers.1.mlp.*", "*.layers.0.self_attn.*")
     edition = make(model, "compressed-tensors", "fp8", "fp8", tmp_path, exclude=exclude)
     check_against_octavo(edition, model)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if DIALECT.mixes(kind)])
+def test_dynamic_inputs_beside_static_ones(
+    compressed_tensors: Any, kind: str, exact: Path, tmp_path: Path
+) -> None:
+    dynamic = ("*.down_proj", "*.layers.1.self_attn.[qkv]_proj")
+    edition = make(exact, "compressed-tensors", kind, "fp8", tmp_path, dynamic=dynamic)
+    check_against_octavo(edition, exact)
+    schemes = {
+        name: module.quantization_scheme.input_activations.dynamic
+        for name, module in from_pretrained(edition).named_modules()
+        if name.endswith("_proj")
+    }
+    by_token = {name for name, is_dynamic in schemes.items() if is_dynamic}
+    ours = {name for name, one in fp8_linears(load(edition)[0]).items() if one.input_scale is None}
+    assert by_token == ours
+    assert len(by_token) == 2 + 3
 
 
 @pytest.mark.parametrize("kind", KINDS)

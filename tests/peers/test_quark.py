@@ -73,6 +73,15 @@ def test_biases_tied_embeddings_and_exclusions(quark: Any, tmp_path: Path) -> No
         check_against_octavo(edition, model)
 
 
+@pytest.mark.parametrize("kv_cache", CACHES)
+def test_dynamic_inputs_beside_static_ones(
+    quark: Any, kv_cache: str, exact: Path, tmp_path: Path
+) -> None:
+    dynamic = ("*.down_proj", "*.layers.1.self_attn.[qkv]_proj")
+    edition = make(exact, "quark", "fp8", kv_cache, tmp_path, dynamic=dynamic)
+    check_against_octavo(edition, exact)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_scales_stay_float32_in_a_bf16_model(
     quark: Any, kind: str, rounded: Path, tmp_path: Path

@@ -27,6 +27,15 @@ from octavo.scheme import scheme_called
 # small model, either way; over all these it averages to 0.3 %.
 SEQ_LEN, WINDOWS = 512, 16
 
+# The end of the name of a scheme some of whose inputs are dynamic, and which.
+MIXED = "-mixed"
+MOVED = (
+    "*.down_proj",
+    "*.layers.*[13579].self_attn.[qkv]_proj",
+    "*.layers.2?.mlp.*",
+    "*.layers.4.*.o_proj",
+)
+
 Editions: TypeAlias = Callable[[str, str, str, bool], Path]
 # Which tokens share a scale where inputs are scaled as they come: none, or all that vLLM reads in a step.
 Sharing: TypeAlias = Literal["token", "step"]
@@ -108,18 +117,21 @@ def tokens(sample: Path) -> Tensor:
 
 @pytest.fixture(scope="session")
 def editions(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Editions:
-    """The sample model in a dialect, in a scheme, with a KV cache of a kind and perhaps merged weight scales;
+    """The sample model in a dialect, in a scheme (perhaps :data:`MIXED`), with a KV cache of a kind and perhaps merged weight scales;
     each made once."""
     directory = tmp_path_factory.mktemp("editions")
 
     @cache
     def build(dialect: str, kind: str, kv_cache: str, merged: bool) -> Path:
         output = directory / f"{dialect}-{kind}-{kv_cache}-{merged}"
+        scheme = kind.removesuffix(MIXED)
         cache: Literal["fp8", "none"] = "fp8" if kv_cache == "fp8" else "none"
         quantize(
             sample,
             output,
-            scheme=scheme_called(kind, cache, merge_scales=merged),
+            scheme=scheme_called(
+                scheme, cache, merge_scales=merged, dynamic=MOVED if scheme != kind else ()
+            ),
             calibration=Calibration(samples=16, seq_len=512),
             format=dialect,
         )

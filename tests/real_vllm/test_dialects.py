@@ -20,7 +20,7 @@ from octavo.checkpoint import Checkpoint
 from octavo.edition import Edition
 from octavo.engines.vllm import start
 from octavo.engines.vllm_loaded import LoadedModel
-from real_vllm.conftest import SEQ_LEN, WINDOWS, Editions, Expected, Sharing, cost
+from real_vllm.conftest import MIXED, SEQ_LEN, WINDOWS, Editions, Expected, Sharing, cost
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -48,7 +48,7 @@ class Case(NamedTuple):
 
     Attributes:
         dialect: a key of ``octavo.formats.FORMATS``.
-        kind: a key of ``octavo.scheme.KINDS``.
+        kind: a key of ``octavo.scheme.KINDS``, and perhaps ``MIXED`` behind it.
         method: the class of vLLM's that loads linear layers.
         merged: whether layers that vLLM fuses share a weight scale; without, it rounds them again.
         promised: the kind of KV cache the edition has scales for.
@@ -87,6 +87,10 @@ CASES = {
     "quark-told": Case("quark", "fp8", QUARK, merged=True, **TOLD),
     "quark-dynamic": Case("quark", "fp8-dynamic", QUARK),
     "compressed-tensors": Case("compressed-tensors", "fp8", COMPRESSED, merged=True, **FP8_CACHE),
+    "quark-mixed-told": Case("quark", f"fp8{MIXED}", QUARK, merged=True, **TOLD),
+    "compressed-tensors-mixed": Case(
+        "compressed-tensors", f"fp8{MIXED}", COMPRESSED, merged=True, **FP8_CACHE
+    ),
     "compressed-tensors-dynamic": Case("compressed-tensors", "fp8-dynamic", COMPRESSED),
     "vllm-fp8-told": Case("vllm-fp8", "fp8", FP8, merged=True, **TOLD),
     # The same codes twice. In its own dialect vLLM takes one input scale for all tokens of a step where it
@@ -113,6 +117,7 @@ def test_vllm_takes_it(
     edition = editions(case.dialect, case.kind, case.promised, case.merged)
     with closing(start(edition, "auto", **QUICK, **case.options)) as engine:
         check_linears(engine.loaded(), case)
+        check_inputs(engine.loaded(), edition)
         check_caches(engine.loaded(), case, edition)
         found = cost(engine, tokens)
     ours = expected(case.kind, case.taken, case.merged, case.sharing)
@@ -135,6 +140,16 @@ def check_linears(loaded: LoadedModel, case: Case) -> None:
         assert layer.weight_dtype == "float8_e4m3fn", layer
         assert layer.method == case.method, layer
         assert layer.rounds_inputs is rounded, layer
+
+
+def check_inputs(loaded: LoadedModel, edition: Path) -> None:
+    """Static where the checkpoint has a scale for them, and dynamic elsewhere."""
+    stored = Edition(Checkpoint(edition))
+    first = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
+    for layer in loaded.linears:
+        parent, _, last = layer.name.rpartition(".")
+        scale = f"{parent}.{first.get(last, last)}.input_scale"
+        assert layer.static_inputs is (scale in stored), layer
 
 
 def check_caches(loaded: LoadedModel, case: Case, edition: Path) -> None:
