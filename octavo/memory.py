@@ -50,10 +50,10 @@ _PRODUCT, _PRODUCT_LEAST = 4_000, 1_000_000
 _MOMENTS = 23
 _STRIP = 48_000_000
 
-# Bytes for each number that is learned: its code, its place, what Adam keeps of it, the sum of its gradients; it
-# decoded twice, and the gradients of the batches of a step. And for each token of a batch what is kept for the
-# gradient, in activations of the widths of hidden states, heads, keys and the MLP, and what comes and goes beside it.
-_LEARNED = 29
+# Bytes for each number that is learned: its codes, its place, what Adam keeps of it, the sum of its gradients and
+# those of the batches of a step, and it decoded, at the beginning and now. And for each token of a batch what is kept for
+# the gradient, in activations of the widths of hidden states, heads, keys and the MLP, and what comes and goes beside it.
+_LEARNED = 38
 _KEPT = (26, 8, 8, 12)
 
 # Float32 copies of what each core casts at a time, of other dtypes than BF16.

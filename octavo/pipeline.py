@@ -458,7 +458,7 @@ def _not_learned(errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     return [
         f"Learning made the outputs of the decoder layers of {len(kept)} linear layers no better, those of {kept[0]} among "
-        "them: they keep the codes of GPTQ."
+        "them: they keep the codes of GPTQ. It takes many tokens to tell more than chance: pass more text."
     ]
 
 

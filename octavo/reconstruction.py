@@ -13,7 +13,7 @@ many cores there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +25,13 @@ from octavo.calibration import Examples
 from octavo.linear import Fp8Linear
 from octavo.rounding.learned import LearnedCodes
 
-# Steps of each layer at most, batches in each, and how often a batch is seen at most.
-STEPS, BATCHES, EPOCHS = 60, 2, 2
+# Steps of each layer at most, and batches in each; none is seen twice, since what is seen again is learned by heart.
+STEPS, BATCHES = 64, 2
 
-# How far a number may move in all steps, in distances between codes. Little more than the half it takes to another
-# code: those move whose gradient keeps its sign, and not those that it shakes. With 2.5, SmolLM2's layers gave what
-# they should more nearly on the calibration text, and the model was farther from the original on any other.
-TRAVEL = 0.7
+# How far a number may move in all steps, in distances between codes: little more than the half it takes to another
+# code, so that those change whose gradient keeps its sign. Where text is too little for so many steps to tell a sign
+# from chance, they are as small as if there were as many.
+TRAVEL, LEAST = 0.65, 24
 
 # Batches that the loss is told on before and after, from all over the text.
 CHECKED = 16
@@ -101,7 +101,7 @@ def reconstruct(
         The codes, and what they won.
     """
     # Each step is smaller than the one before, down to none.
-    rate = 2 * TRAVEL / _steps(examples.batches)
+    rate = 2 * TRAVEL / max(_steps(examples.batches), LEAST)
     learned = {
         name: _LearnedLinear(original, folded, name, rate)
         for name, (_, original) in linears.items()
@@ -118,7 +118,7 @@ def reconstruct(
     layer.requires_grad_(False)
     try:
         before = _checked(layer, examples, over)
-        drawn = list(_drawn(examples.batches))
+        drawn = _drawn(examples.batches)
         for number, batches in enumerate(drawn):
             left = 1 - number / len(drawn)
             _step(layer, list(learned.values()), examples, batches, left, over)
@@ -227,25 +227,22 @@ _straight: Any = _Straight.apply
 
 
 def _steps(batches: int) -> int:
-    return min(STEPS, -(-EPOCHS * batches // BATCHES))
+    return min(STEPS, -(-batches // BATCHES))
 
 
-def _drawn(count: int) -> Iterable[list[int]]:
-    """Numbers of the batches of each step: all of them in some order, then in another."""
+def _drawn(count: int) -> list[tuple[int, ...]]:
+    """Numbers of the batches of each step, in some order."""
     generator = torch.Generator().manual_seed(0)
-    order: list[int] = []
-    for _ in range(_steps(count)):
-        while len(order) < BATCHES:
-            order += torch.randperm(count, generator=generator).tolist()
-        yield order[:BATCHES]
-        order = order[BATCHES:]
+    order = torch.randperm(count, generator=generator).tolist()
+    firsts = range(0, BATCHES * _steps(count), BATCHES)
+    return [tuple(order[first : first + BATCHES]) for first in firsts]
 
 
 def _step(
     layer: nn.Module,
     learned: list[_LearnedLinear],
     examples: Examples,
-    batches: list[int],
+    batches: Sequence[int],
     left: float,
     over: fp8.Map,
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 import tiny
 from octavo import fp8, load, quantize, reconstruction
-from octavo.calibration import Examples
+from octavo.calibration import BATCH_TOKENS, Examples
 from octavo.linear import Fp8Linear
+from octavo.pipeline import Progress
 from octavo.reconstruction import Learning, reconstruct
 from octavo.rounding.learned import LearnedCodes, code_distance
 from octavo.scheme import scheme_called
@@ -109,6 +109,13 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
+@pytest.fixture
+def learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little text is enough to change codes."""
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 64)
+    monkeypatch.setattr(reconstruction, "LEAST", 1)
+
+
 def hidden_states(model: Path, tokens: Tensor) -> list[Tensor]:
     """Those in front of each layer, and behind the last."""
     loaded, _ = load(model, "cpu")
@@ -123,9 +130,8 @@ def hidden_states(model: Path, tokens: Tensor) -> list[Tensor]:
 
 
 def test_a_layer_should_give_of_its_own_inputs_what_the_model_gives_of_its(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, learns: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconstruction, "STEPS", 5)
     calls = captured(monkeypatch)
     quantize(
         tiny_llama,
@@ -155,11 +161,17 @@ def test_a_layer_should_give_of_its_own_inputs_what_the_model_gives_of_its(
     ],
 )
 def test_the_model_is_nearer_than_with_gptq(
-    kind: str, scheme: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    scheme: str,
+    format: str,
+    tmp_path: Path,
+    learns: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On the text it learned from: what random tokens teach a random model holds for no others."""
     model = tiny.build(kind, tmp_path / "model", hidden_size=128, intermediate_size=256)
     calibration = calibrated(tmp_path, samples=64, seq_len=64)
-    tokens = torch.from_numpy(np.load(tiny.save_ids(tmp_path / "other.npy", samples=8, seed=1)))
+    tokens = torch.from_numpy(np.load(tmp_path / "ids.npy"))
     calls, distances = captured(monkeypatch), []
     for rounding in ("gptq", "learned"):
         chosen = scheme_called(scheme, rounding=rounding)
@@ -173,10 +185,35 @@ def test_the_model_is_nearer_than_with_gptq(
         assert one["block_loss"] == found.after < found.before == one["block_loss_before"]
 
 
+def interrupt(step: Progress) -> None:
+    if step.done == 1:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path, learns: None) -> None:
+    model = tiny.build("llama", tmp_path / "model", layers=3)
+    options: dict[str, Any] = {
+        "scheme": scheme_called("fp8", rounding="learned"),
+        "calibration": calibrated(tmp_path, samples=64),
+    }
+    quantize(model, tmp_path / "whole" / "out", **options)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "out", **options, on_progress=interrupt)
+    layers: list[int] = []
+    quantize(
+        model,
+        tmp_path / "out",
+        **options,
+        resume=True,
+        on_progress=lambda step: layers.append(step.done),
+    )
+    assert layers == [1, 2, 3]
+    assert tiny.contents(tmp_path / "out") == tiny.contents(tmp_path / "whole" / "out")
+
+
 def test_no_number_of_cores_changes_anything(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, learns: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconstruction, "STEPS", 5)
     results = []
     for workers in (1, 3):
         monkeypatch.setattr("octavo.pipeline.batches_at_once", lambda *_, n=workers: n)
@@ -184,18 +221,19 @@ def test_no_number_of_cores_changes_anything(
             tiny_llama,
             tmp_path / f"{workers}",
             scheme=scheme_called("fp8", rounding="learned"),
-            calibration=calibrated(tmp_path, samples=16),
+            calibration=calibrated(tmp_path, samples=64),
         )
         results.append(tiny.contents(tmp_path / f"{workers}"))
     assert results[0] == results[1]
+    weights = json.loads(results[0]["octavo.json"])["weights"]
+    assert all(one["learned_codes"] for one in weights.values())
 
 
 def test_what_becomes_no_better_stays(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, learns: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconstruction, "STEPS", 3)
     # Far beyond anything sensible.
-    monkeypatch.setattr(reconstruction, "TRAVEL", 100.0)
+    monkeypatch.setattr(reconstruction, "TRAVEL", 1e6)
     calibration = calibrated(tmp_path, samples=16)
     results = {
         rounding: quantize(
@@ -208,7 +246,7 @@ def test_what_becomes_no_better_stays(
     }
     assert not results["gptq"].warnings
     (warning,) = results["learned"].warnings
-    assert "14 linear layers, those of model.layers.0.self_attn.q_proj among" in warning
+    assert "14 linear layers no better, those of model.layers.0.self_attn.q_proj" in warning
     first, second = (tiny.contents(tmp_path / rounding) for rounding in results)
     assert first["model.safetensors"] == second["model.safetensors"]
 
@@ -274,48 +312,11 @@ def test_what_it_takes_is_told_before(tmp_path: Path, tiny_llama: Path) -> None:
     assert cost.passes == pytest.approx(forward / tokens)
 
 
-def test_batches_are_drawn_alike_and_all_in_turn() -> None:
-    drawn = list(reconstruction._drawn(10))
-    assert drawn == list(reconstruction._drawn(10))
-    assert len(drawn) == 10
-    for first in range(0, 10, 5):
-        assert sorted(itertools.chain(*drawn[first : first + 5])) == list(range(10))
-    assert list(reconstruction._drawn(1)) == [[0, 0]]
-    assert len(list(reconstruction._drawn(1000))) == reconstruction.STEPS
-
-
-def test_threads_take_gradients_side_by_side(tiny_llama: Path) -> None:
-    """The same as one after another."""
-    model, _ = load(tiny_llama, "cpu")
-    module: Any = model
-    layer = module.model.layers[0]
-    caught: dict[str, Any] = {}
-    layer.register_forward_pre_hook(
-        lambda _, args, kwargs: caught.update(kwargs, hidden=args[0]), with_kwargs=True
-    )
-    ids = torch.randint(0, 100, (1, 32))
-    with torch.no_grad():
-        module(input_ids=ids, use_cache=False)
-    hidden = caught.pop("hidden").detach()
-    layer._forward_pre_hooks.clear()
-    linears = {
-        name: (name, one) for name, one in layer.named_modules() if isinstance(one, nn.Linear)
-    }
-    folded: dict[str, Tensor] = {}
-    for name, (_, linear) in linears.items():
-        scale = fp8.scale_from_amax(fp8.amax(linear.weight.detach()))
-        folded |= {
-            f"{name}.weight": fp8.quantize(linear.weight.detach(), scale),
-            f"{name}.weight_scale": scale,
-            f"{name}.input_scale": torch.tensor(0.02),
-        }
-    torch.manual_seed(0)
-    states = [hidden + 0.1 * torch.randn_like(hidden) for _ in range(4)]
-    with torch.no_grad():
-        targets = [layer(one, **caught) for one in states]
-    examples = Examples(lambda index: (states[index], targets[index]), len(states), caught)
-    with ThreadPoolExecutor(4) as pool:
-        found = [reconstruct(layer, linears, folded, examples, over) for over in (map, pool.map)]
-    assert found[0].after == found[1].after < found[0].before
-    for name in linears:
-        assert torch.equal(found[0].codes[name].float(), found[1].codes[name].float())
+def test_batches_are_drawn_alike_and_once() -> None:
+    drawn = reconstruction._drawn(11)
+    assert drawn == reconstruction._drawn(11)
+    assert sorted(itertools.chain(*drawn)) == list(range(11))
+    assert list(itertools.chain(*drawn)) != list(range(11))
+    assert [len(one) for one in drawn] == [2, 2, 2, 2, 2, 1]
+    many = list(itertools.chain(*reconstruction._drawn(1000)))
+    assert len(set(many)) == len(many) == reconstruction.STEPS * reconstruction.BATCHES
