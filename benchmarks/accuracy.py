@@ -37,6 +37,7 @@ OURS: dict[str, dict[str, Any]] = {
     "Octavo, nearest, scales by MSE": {"scales": "mse"},
     "Octavo, GPTQ": {"rounding": "gptq"},
     "Octavo, GPTQ, scales by MSE": {"rounding": "gptq", "scales": "mse"},
+    "Octavo, learned, scales by MSE": {"rounding": "learned", "scales": "mse"},
     # vLLM rounds q/k/v and gate/up again where each has a scale of its own.
     "Octavo, GPTQ, scales by MSE, merged": {
         "rounding": "gptq",

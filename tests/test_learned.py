@@ -225,7 +225,7 @@ def test_no_number_of_cores_changes_anything(
         )
         results.append(tiny.contents(tmp_path / f"{workers}"))
     assert results[0] == results[1]
-    weights = json.loads(results[0]["octavo.json"])["weights"]
+    weights = json.loads((tmp_path / "1" / "octavo.json").read_text())["weights"]
     assert any(one["learned_codes"] for one in weights.values())
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -27,6 +27,7 @@ from octavo.reporting import (
     read_record,
     write_report,
 )
+from octavo.reporting import view as view_module
 from octavo.reporting.card import model_card
 from octavo.reporting.commands import make_again, serve
 from octavo.reporting.html import html_report
@@ -509,3 +510,15 @@ class TestBaseCard:
 def test_histograms_that_are_none(edges: tuple[float, ...], counts: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="histogram"):
         Histogram(edges=edges, counts=counts)
+
+
+def test_every_choice_of_a_scheme_has_words() -> None:
+    words = {
+        "rounding": view_module._ROUNDING,
+        "scales": view_module._RANGES,
+        "weights": view_module._WEIGHTS,
+        "inputs": view_module._INPUTS,
+        "kv_cache": view_module._KV_CACHE,
+    }
+    for name, known in words.items():
+        assert set(known) == set(get_args(Scheme.model_fields[name].annotation)), name

@@ -33,6 +33,7 @@ _KV_CACHE = {
 _ROUNDING = {
     "nearest": "each weight's nearest",
     "gptq": "chosen by GPTQ: each makes up for the errors of those before it, on the calibration text",
+    "learned": "learned from GPTQ's on, by what comes out of each decoder layer on the calibration text",
 }
 _RANGES = {
     "amax": "The scales are the largest absolute values seen, divided by 448.",
