@@ -114,6 +114,7 @@ def learns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little text is enough to change codes."""
     monkeypatch.setitem(BATCH_TOKENS, "cpu", 64)
     monkeypatch.setattr(reconstruction, "LEAST", 1)
+    monkeypatch.setattr(reconstruction, "TRAVEL", 0.65)
 
 
 def hidden_states(model: Path, tokens: Tensor) -> list[Tensor]:
@@ -130,23 +131,28 @@ def hidden_states(model: Path, tokens: Tensor) -> list[Tensor]:
 
 
 def test_a_layer_should_give_of_its_own_inputs_what_the_model_gives_of_its(
-    tmp_path: Path, tiny_llama: Path, learns: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, learns: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = captured(monkeypatch)
+    model = tiny.build("llama", tmp_path / "model", layers=3, dtype=torch.float32, hidden_size=128)
     quantize(
-        tiny_llama,
+        model,
         tmp_path / "out",
         scheme=scheme_called("fp8", rounding="learned"),
-        calibration=calibrated(tmp_path, samples=16),
+        calibration=calibrated(tmp_path, samples=64, seq_len=64),
     )
     tokens = torch.from_numpy(np.load(tmp_path / "ids.npy"))
-    exact, rounded = hidden_states(tiny_llama, tokens), hidden_states(tmp_path / "out", tokens)
-    assert len(calls) == len(exact) - 1 == 2
-    for number, (read, _) in enumerate(calls):
+    exact, rounded = hidden_states(model, tokens), hidden_states(tmp_path / "out", tokens)
+    assert len(calls) == len(exact) - 1 == 3
+    for number, (read, result) in enumerate(calls):
+        assert any(result.changed.values())
         inputs, targets = (torch.cat(parts).double() for parts in zip(*read, strict=True))
         for found, expected in ((inputs, rounded[number]), (targets, exact[number + 1])):
-            # BF16 rounds otherwise in other kernels, and E4M3 makes steps of that.
-            assert (found - expected.double()).norm() < 0.02 * expected.double().norm()
+            # Where a sum falls between two codes, another order may give the other one.
+            error = (found - expected.double()).square().sum(-1) / expected.double().square().sum(
+                -1
+            )
+            assert (error < 1e-6).double().mean() > 0.9
     # The two differ by more than that.
     assert (exact[1] - rounded[1]).double().norm() > 0.02 * exact[1].double().norm()
 

@@ -233,10 +233,13 @@ class CalibrationStream:
     def examples(self, place: int, layer: int) -> Examples:
         """What the quantized model gives a layer, and what it should make of it: what :meth:`follow` has.
 
+        What was kept of the layer is forgotten, since it will change.
+
         Args:
             place: number of the pass.
             layer: which.
         """
+        self._kept = None
 
         def read(index: int) -> tuple[Tensor, Tensor]:
             self._before_batch()
