@@ -54,6 +54,8 @@ _STRIP = 48_000_000
 # those of the batches of a step, and it decoded, at the beginning and now. And for each token of a batch what is kept for
 # the gradient, in activations of the widths of hidden states, heads, keys and the MLP, and what comes and goes beside it.
 _LEARNED = 38
+# Of these, those that come after a run has looked at what it takes, until it looks again: a step's.
+_STEP = 10
 _KEPT = (26, 8, 8, 12)
 
 # Float32 copies of what each core casts at a time, of other dtypes than BF16.
@@ -404,7 +406,8 @@ def _need(
         waiting=WAITING * shape.largest,
         weight=shape.largest
         + (0 if shape.fused else settings.workers * _CAST)
-        + (settings.workers * _STRIP if shape.widest else 0),
+        + (settings.workers * _STRIP if shape.widest else 0)
+        + _STEP * shape.learned,
         moments=max(_MOMENTS * shape.widest**2 + shape.nbytes, _LEARNED * shape.learned)
         if shape.widest
         else 0,

@@ -31,7 +31,7 @@ STEPS, BATCHES = 64, 2
 # How far a number may move in all steps, in distances between codes: little more than the half it takes to another
 # code, so that those change whose gradient keeps its sign. Where text is too little for so many steps to tell a sign
 # from chance, they are as small as if there were as many.
-TRAVEL, LEAST = 1.2, 24
+TRAVEL, LEAST = 0.65, 24
 
 # Batches that the loss is told on before and after, from all over the text.
 CHECKED = 16
