@@ -116,6 +116,20 @@ class Fp8Linear(nn.Module):
             result = self._tiled_product(_round(x, self.input_scale))
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    def multiply(self, codes: Tensor) -> Tensor:
+        """The product with inputs that are rounded already, of a layer whose inputs have a scale of their own.
+
+        Args:
+            codes: ``float8_e4m3fn`` ``[rows, in]``, of inputs divided by ``input_scale``.
+
+        Returns:
+            BF16 ``[rows, out]``.
+        """
+        assert self.input_scale is not None
+        if _has_tensor_cores(self.weight):
+            return self._scaled_product(Rounded(codes, self.input_scale), torch.bfloat16)
+        return self._tiled_product(Rounded(codes.bfloat16(), self.input_scale))
+
     def rounded_input(self, x: Tensor) -> Tensor:
         """What the layer sees of ``x`` ``[rows, in]``, any floating dtype: float32, on the scale of ``x``."""
         rounded = self.rounded(x)

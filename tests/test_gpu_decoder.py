@@ -1,0 +1,122 @@
+"""The decoder of the GPU path, here on a CPU: against `transformers`, and against the CPU decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from decoders import (
+    MODELS,
+    SCHEMES,
+    divergence,
+    exact,
+    log_probabilities,
+    one_sequence,
+    tokens,
+)
+from octavo.engines import open_engine
+from octavo.engines.torch.batch import BLOCK, Batch
+from octavo.engines.torch.decoder import open_decoder as open_cpu_decoder
+from octavo.engines.torch.gpu.decoder import GpuDecoder, open_decoder
+
+CPU = torch.device("cpu")
+
+Checkpoints = Callable[[str, str], Path]
+
+# Each family and each scheme; the CPU decoder's tests make all of both.
+PAIRS = sorted({(model, "fp8") for model in MODELS} | {("llama3", scheme) for scheme in SCHEMES})
+
+
+@pytest.fixture(scope="module")
+def decoder(checkpoint: Checkpoints) -> GpuDecoder:
+    return open_decoder(checkpoint("llama", "fp8"), CPU)
+
+
+class TestDecoder:
+    @pytest.mark.parametrize(("model", "scheme"), PAIRS)
+    def test_is_as_near_to_the_format_as_transformers(
+        self, model: str, scheme: str, checkpoint: Checkpoints
+    ) -> None:
+        source, path, ids = checkpoint(model, "bf16"), checkpoint(model, scheme), tokens(60)
+        expected = exact(source, path, ids)
+        with closing(open_engine("transformers", path, "cpu")) as opened:
+            engine: Any = opened
+            with engine.computing(), torch.inference_mode():
+                theirs = torch.cat(list(engine.logits(engine.hidden(ids)))).float()
+        limit = 1e-4 + 2 * divergence(expected, torch.log_softmax(theirs, dim=-1))
+        decoder = open_decoder(path, CPU)
+        for chunk in (len(ids), 20, 1):
+            assert divergence(expected, log_probabilities(decoder, ids, chunk)) < limit
+
+    @pytest.mark.parametrize("counts", [(1, 1, 1), (1, 40, 3, 1, 20), (17, 2), (6, 6, 6)])
+    def test_sequences_beside_others(
+        self, counts: tuple[int, ...], decoder: GpuDecoder, checkpoint: Checkpoints
+    ) -> None:
+        """Each at a position of its own, some of them with a past; the same batch on the CPU decoder."""
+        with closing(open_cpu_decoder(checkpoint("llama", "fp8"), threads=1)) as other:
+            found, expected = (beside_others(one, counts) for one in (decoder, other))
+        # An input that falls to the next E4M3 number is the most that may happen.
+        assert divergence(expected, found) < 1e-2
+
+    def test_in_any_blocks(self, decoder: GpuDecoder) -> None:
+        ids = tokens(60)
+        for chunk in (60, 7, 1):
+            usual = log_probabilities(decoder, ids, chunk)
+            scattered = log_probabilities(decoder, ids, chunk, table=torch.tensor([9, 2, 31, 4]))
+            assert torch.equal(usual, scattered)
+
+    def test_shared_blocks(self, decoder: GpuDecoder) -> None:
+        ids, cache = tokens(2 * BLOCK + 2), decoder.new_cache(4)
+        decoder.forward(one_sequence(ids[: 2 * BLOCK], 0, torch.tensor([2, 0])), cache)
+        tables = torch.tensor([[2, 0, 1], [2, 0, 3]])
+        places = torch.full((2,), 2 * BLOCK)
+        batch = Batch(ids[-2:], places, torch.arange(3), tables, torch.arange(2))
+        found = torch.log_softmax(decoder.logits(decoder.forward(batch, cache)).float(), dim=-1)
+        for row in range(2):
+            alone = torch.cat([ids[: 2 * BLOCK], ids[-2:][row : row + 1]])
+            expected = log_probabilities(decoder, alone, 2 * BLOCK)[-1]
+            assert divergence(expected[None], found[row : row + 1]) < 1e-3
+
+    def test_what_blocks_held_before_does_not_matter(self, decoder: GpuDecoder) -> None:
+        ids, spoiled = tokens(20), decoder.new_cache(2)
+        for stored in (spoiled.keys, spoiled.values):
+            stored.view(torch.uint8).fill_(0x7F)
+        for first, count in ((0, 18), (18, 1), (19, 1)):
+            batch = one_sequence(ids[first : first + count], first, torch.tensor([1, 0]))
+            hidden = decoder.forward(batch, spoiled)
+        assert hidden.isfinite().all()
+
+    def test_an_fp8_cache_takes_half_the_memory(self, checkpoint: Checkpoints) -> None:
+        sizes = {}
+        for scheme in ("bf16", "fp8", "fp8-kept"):
+            decoder = open_decoder(checkpoint("llama", scheme), CPU)
+            sizes[scheme] = decoder.new_cache(10).nbytes
+            # And a block for rows that only fill a batch.
+            assert sizes[scheme] == 11 * BLOCK * decoder.cached_bytes
+        assert sizes["bf16"] == sizes["fp8-kept"] == 2 * sizes["fp8"]
+
+
+def beside_others(decoder: Any, counts: tuple[int, ...]) -> Tensor:
+    """Log-probabilities of the next token of sequences with so many new tokens, ``[sequences, vocab]``."""
+    cache, before = decoder.new_cache(64), [3 * place for place in range(len(counts))]
+    sequences = [tokens(b + n, seed=b) for b, n in zip(before, counts, strict=True)]
+    tables = torch.arange(4 * len(counts)).view(-1, 4)
+    for ids, past, table in zip(sequences, before, tables, strict=True):
+        if past:
+            decoder.forward(one_sequence(ids[:past], 0, table), cache)
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    batch = Batch(
+        torch.cat([ids[past:] for ids, past in zip(sequences, before, strict=True)]),
+        torch.cat([past + torch.arange(n) for past, n in zip(before, counts, strict=True)]),
+        starts,
+        tables,
+        starts[1:] - 1,
+    )
+    logits = decoder.logits(decoder.forward(batch, cache))
+    return torch.log_softmax(logits.float(), dim=-1)
