@@ -116,6 +116,11 @@ class Fp8Linear(nn.Module):
             result = self._tiled_product(_round(x, self.input_scale))
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a product looks at scales before it goes on, which a GPU has to be waited for then."""
+        return not self._blocks and not _has_tensor_cores(self.weight)
+
     def multiply(self, codes: Tensor) -> Tensor:
         """The product with inputs that are rounded already, of a layer whose inputs have a scale of their own.
 

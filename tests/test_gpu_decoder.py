@@ -20,10 +20,14 @@ from decoders import (
     one_sequence,
     tokens,
 )
+from octavo import OctavoError
 from octavo.engines import open_engine
+from octavo.engines.torch import open_model
 from octavo.engines.torch.batch import BLOCK, Batch
 from octavo.engines.torch.decoder import open_decoder as open_cpu_decoder
+from octavo.engines.torch.engine import TorchEngine
 from octavo.engines.torch.gpu.decoder import GpuDecoder, open_decoder
+from octavo.engines.torch.gpu.steps import MOST, filled, size_for
 
 CPU = torch.device("cpu")
 
@@ -100,6 +104,69 @@ class TestDecoder:
             # And a block for rows that only fill a batch.
             assert sizes[scheme] == 11 * BLOCK * decoder.cached_bytes
         assert sizes["bf16"] == sizes["fp8-kept"] == 2 * sizes["fp8"]
+
+
+class TestSteps:
+    def test_sizes(self) -> None:
+        sizes = [size_for(count) for count in (1, 2, 3, 8, 9, 31, 32, 33, 64, 250, MOST)]
+        assert sizes == [1, 2, 4, 8, 16, 32, 32, 64, 64, 256, MOST]
+
+    def test_rows_that_fill_a_batch_touch_no_block(self, decoder: GpuDecoder) -> None:
+        cache, ids = decoder.new_cache(3), tokens(3)
+        tables = torch.arange(3).unsqueeze(1)
+        batch = Batch(ids, torch.zeros(3, dtype=torch.int64), torch.arange(4), tables, ids[:0])
+        assert len(filled(batch, size_for(3), cache.blocks).tokens) == 4
+        assert decoder.forward(batch, cache).shape == (0, 64)
+        codes = cache.keys.view(torch.uint8)
+        assert codes[:, :, :, 1:].max() == 0
+        assert (codes[:, :, :, 0].amax(dim=(0, 2, 3)) > 0).all()
+
+    def test_filled_up_or_not(self, decoder: GpuDecoder) -> None:
+        ids = tokens(5)
+        found = []
+        for rows in (1, 5):
+            batch = Batch(
+                ids[:rows],
+                torch.zeros(rows, dtype=torch.int64),
+                torch.arange(rows + 1),
+                torch.arange(rows).unsqueeze(1),
+                torch.arange(rows),
+            )
+            found.append(decoder.forward(batch, decoder.new_cache(5))[0].float())
+        torch.testing.assert_close(found[0], found[1], rtol=0.1, atol=0.1)
+
+
+class TestEngine:
+    def test_scores_and_choices(self, checkpoint: Checkpoints) -> None:
+        path = checkpoint("qwen2", "bf16")
+        ours, suffixes = TorchEngine(open_decoder(path, CPU)), [tokens(n) for n in (1, 20, 3)]
+        with closing(open_engine("transformers", path, "cpu")) as theirs:
+            ids = [tokens(50)]
+            for one, other in zip(ours.score(ids), theirs.score(ids), strict=True):
+                assert (one.logprobs - other.logprobs).abs().max() < 0.1
+            found, expected = (
+                engine.choose(tokens(37), suffixes, [3, 200, 7]) for engine in (ours, theirs)
+            )
+            assert (found - expected).abs().max() < 0.1
+
+    def test_continuations(self, decoder: GpuDecoder, checkpoint: Checkpoints) -> None:
+        """As likely, token for token, as those of the CPU decoder: scored by that one."""
+        prompts = [tokens(count, seed=count) for count in (1, 30, 9)]
+        texts = TorchEngine(decoder).generate(prompts, max_tokens=12)
+        with closing(open_engine("torch", checkpoint("llama", "fp8"), "cpu")) as judge:
+            whole = [
+                torch.cat([prompt, torch.tensor(text)])
+                for prompt, text in zip(prompts, texts, strict=True)
+            ]
+            starts = [len(prompt) for prompt in prompts]
+            for scores in judge.score(whole, starts):
+                assert scores.greedy.float().mean() > 0.7
+
+    def test_no_gpu(self, checkpoint: Checkpoints) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        with pytest.raises(OctavoError, match=r"0 CUDA devices.*--device cpu"):
+            open_model(checkpoint("llama", "bf16"), "cuda")
 
 
 def beside_others(decoder: Any, counts: tuple[int, ...]) -> Tensor:

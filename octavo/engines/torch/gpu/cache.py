@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from octavo.engines.torch.batch import BLOCK
 from octavo.engines.torch.weights import Shape
+
+if TYPE_CHECKING:
+    from octavo.engines.torch.gpu.steps import Step
 
 
 class BlockCache:
@@ -15,12 +20,14 @@ class BlockCache:
     Attributes:
         keys: ``[layers, blocks + 1, kv_heads, BLOCK, head_dim]``; rows that only fill a batch write to the last block.
         values: likewise.
+        steps: CUDA graphs that read and write it, by their size.
     """
 
     def __init__(self, shape: Shape, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         sizes = (shape.layers, blocks + 1, shape.kv_heads, BLOCK, shape.head_dim)
         # Zeros: what was never written may be read, and weighted with nothing.
         self.keys, self.values = (torch.zeros(sizes, dtype=dtype, device=device) for _ in range(2))
+        self.steps: dict[int, Step] = {}
 
     @property
     def blocks(self) -> int:

@@ -14,6 +14,7 @@ from octavo.engines.torch.gpu.cache import BlockCache, cached_bytes
 from octavo.engines.torch.gpu.network import Layer, Network, read_network
 from octavo.engines.torch.gpu.places import Places, places_of
 from octavo.engines.torch.gpu.prefill import prefill_attention
+from octavo.engines.torch.gpu.steps import MOST, Step, filled, size_for
 
 
 class GpuDecoder:
@@ -23,26 +24,32 @@ class GpuDecoder:
         vocab_size: token ids are below.
         max_positions: tokens of a sequence, at most.
         cached_bytes: of a token's keys and values in all layers.
+        device: where it computes.
     """
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self._device = network.embedding.device
+        self.device = network.embedding.device
         shape = network.shape
         self.vocab_size, self.max_positions = shape.vocab, shape.positions
         self.cached_bytes = cached_bytes(shape, network.cache_dtype)
         self._kernels: Any = reference
+        self._captures = self.device.type == "cuda" and network.waits_for_nothing
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     def new_cache(self, blocks: int) -> BlockCache:
         """See :meth:`octavo.engines.torch.batch.Model.new_cache`."""
         network = self._network
-        return BlockCache(network.shape, blocks, network.cache_dtype, self._device)
+        return BlockCache(network.shape, blocks, network.cache_dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: BlockCache) -> Tensor:
         """See :meth:`octavo.engines.torch.batch.Model.forward`."""
-        wanted = batch.wanted.to(self._device)
-        return self._run(places_of(batch, self._device), cache)[wanted]
+        wanted = batch.wanted.to(self.device)
+        count = len(batch.tokens)
+        if len(batch.tables) == count <= MOST:
+            return self._step(batch, size_for(count), cache)[wanted]
+        return self._run(places_of(batch, self.device), cache)[wanted]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -51,6 +58,18 @@ class GpuDecoder:
 
     def close(self) -> None:
         """There are no threads."""
+
+    def _step(self, batch: Batch, size: int, cache: BlockCache) -> Tensor:
+        """Single tokens: hidden states of these and of the rows that fill the batch."""
+        places = places_of(filled(batch, size, cache.blocks), self.device)
+        if not self._captures:
+            return self._run(places, cache)
+        if size not in cache.steps:
+            cache.steps[size] = Step(
+                lambda own: self._run(own, cache),
+                *(size, self.max_positions, cache.blocks, self.device, self._pool),
+            )
+        return cache.steps[size](places)
 
     def _run(self, places: Places, cache: BlockCache) -> Tensor:
         """All layers and the final norm: BF16 ``[n, hidden]``."""

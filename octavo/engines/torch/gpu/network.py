@@ -82,6 +82,7 @@ class Network(NamedTuple):
         sin: likewise.
         cache_dtype: of keys and values: E4M3 or BF16.
         shape: sizes.
+        waits_for_nothing: whether its layers can be launched on a GPU without looking at results.
     """
 
     embedding: Tensor
@@ -92,6 +93,7 @@ class Network(NamedTuple):
     sin: Tensor
     cache_dtype: torch.dtype
     shape: Shape
+    waits_for_nothing: bool
 
 
 def read_network(directory: Path, device: torch.device) -> Network:
@@ -142,6 +144,9 @@ def network_of(model: Any, path: Path) -> Network:
         sin=sin,
         cache_dtype=fp8.E4M3 if cached else torch.bfloat16,
         shape=shape,
+        waits_for_nothing=not any(
+            isinstance(one, Fp8Linear) and one.waits for one in model.modules()
+        ),
     )
 
 
