@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ class GpuDecoder:
         shape = network.shape
         self.vocab_size, self.max_positions = shape.vocab, shape.positions
         self.cached_bytes = cached_bytes(shape, network.cache_dtype)
-        self._kernels: Any = reference
-        self._captures = self.device.type == "cuda" and network.waits_for_nothing
+        self._kernels = _kernels_for(self.device)
+        # The reference of attention reads all that a sequence might have, as a graph would have to let it.
+        self._captures = self._kernels is not reference and network.waits_for_nothing
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     def new_cache(self, blocks: int) -> BlockCache:
@@ -94,9 +96,12 @@ class GpuDecoder:
         network = self._network
         queries, keys, values = (one.view(len(one), -1, network.shape.head_dim) for one in qkv)
         if layer.head_norms is not None:
-            eps = network.shape.eps
-            queries = reference.rms_norm(queries, layer.head_norms[0], eps)
-            keys = reference.rms_norm(keys, layer.head_norms[1], eps)
+            queries, keys = (
+                self._kernels.add_rms_norm(
+                    one.flatten(0, 1), None, weight, network.shape.eps, None
+                ).view(one.shape)
+                for one, weight in zip((queries, keys), layer.head_norms, strict=True)
+            )
         scales = (layer.key_scale, layer.value_scale)
         queries = self._kernels.rotate_and_store(
             *(queries, keys, values, network.cos, network.sin),
@@ -120,6 +125,13 @@ class GpuDecoder:
                 *(stored, places.tables[chunk.rows], chunk, layer.window, scales),
             )
         return attended.flatten(1)
+
+
+def _kernels_for(device: torch.device) -> Any:
+    """What computes between the matrix products: compiled kernels where they can run, or else their reference."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        return import_module("octavo.engines.torch.gpu.kernels")
+    return reference
 
 
 def open_decoder(directory: Path, device: torch.device) -> GpuDecoder:
