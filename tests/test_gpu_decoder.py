@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_engine, random_models
 from decoders import (
     MODELS,
     SCHEMES,
@@ -28,6 +29,7 @@ from octavo.engines.torch.decoder import open_decoder as open_cpu_decoder
 from octavo.engines.torch.engine import TorchEngine
 from octavo.engines.torch.gpu.decoder import GpuDecoder, open_decoder
 from octavo.engines.torch.gpu.steps import MOST, filled, size_for
+from octavo.shapes import shape_called
 
 CPU = torch.device("cpu")
 
@@ -167,6 +169,32 @@ class TestEngine:
             pytest.skip("there is a GPU")
         with pytest.raises(OctavoError, match=r"0 CUDA devices.*--device cpu"):
             open_model(checkpoint("llama", "bf16"), "cuda")
+
+
+class TestBenchmark:
+    """What ``benchmarks/gpu_engine.py`` does on a GPU, on a tiny model."""
+
+    CONFIG: ClassVar = {
+        **shape_called("llama-3.1-8b"),
+        **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 256},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
+    }
+
+    @pytest.mark.parametrize("quantized", [False, True])
+    def test_measures(self, quantized: bool) -> None:
+        network = random_models.random_network(self.CONFIG, CPU, quantized=quantized)
+        assert (network.cache_dtype == torch.bfloat16) is not quantized
+        point = gpu_engine.measure(GpuDecoder(network), gpu_engine.Load(3, 20, 4), rounds=2)
+        assert len(point["all_tokens_s"]) == 2
+        assert 0 < point["decode_step_seconds"] < 3 * 4 / point["tokens_s"]
+        per_layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96
+        expected = 2 * per_layer * (1 if quantized else 2) + 256 * 64 * 2
+        assert gpu_engine.step_bytes(network) == expected
+
+    def test_moved_to_another_device(self) -> None:
+        network = random_models.random_network(self.CONFIG, CPU, quantized=False)
+        moved = gpu_engine.moved(network, torch.device("meta"))
+        assert {one.device.type for one in moved.layers[0].gate_up.weights} == {"meta"}
 
 
 def beside_others(decoder: Any, counts: tuple[int, ...]) -> Tensor:

@@ -35,6 +35,15 @@ class Linears:
         if len(scales) == 1 and None not in scales:
             self.scale = modules[0].input_scale
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """Of each, ``[out, in]``."""
+        return [module.weight for module in self._modules]
+
+    def to(self, device: torch.device) -> Linears:
+        """The same on another device, which the modules move to."""
+        return Linears(*(module.to(device) for module in self._modules))
+
     def __call__(self, x: Tensor) -> list[Tensor]:
         """Args: x, ``[tokens, in]``, BF16, or E4M3 codes on :attr:`scale`. Returns each product, BF16."""
         if x.dtype == fp8.E4M3:
