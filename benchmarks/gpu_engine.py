@@ -40,7 +40,7 @@ _CONCURRENCY = (1, 32, 256)
 _LENGTHS = ((128, 128), (2048, 128))
 _BATCH_TOKENS = 8192
 _ROUNDS = 3
-_SMALL = {
+SMALL = {
     "hidden_size": 512,
     "intermediate_size": 1024,
     "num_hidden_layers": 4,
@@ -186,10 +186,10 @@ def check() -> dict[str, Any]:
     print(", ".join(f"{name} {value:.2f}" for name, value in steps.items()), flush=True)
     divergences = {}
     for quantized in (False, True):
-        config = {**shape_called("llama-3.1-8b"), **_SMALL}
+        config = {**shape_called("llama-3.1-8b"), **SMALL}
         network = random_network(config, torch.device("cpu"), quantized=quantized)
-        expected = _log_probabilities(GpuDecoder(network))
-        found = _log_probabilities(GpuDecoder(moved(network, torch.device("cuda")))).cpu()
+        expected = log_probabilities(GpuDecoder(network))
+        found = log_probabilities(GpuDecoder(moved(network, torch.device("cuda")))).cpu()
         value = (expected.exp() * (expected - found)).sum(-1).mean().item()
         divergences["fp8" if quantized else "bf16"] = value
         assert value < 1e-2, f"the model on the card is {value:.4f} nats from that on the CPU"
@@ -197,12 +197,15 @@ def check() -> dict[str, Any]:
     return {"steps_from_reference": steps, "divergence": divergences}
 
 
-def _log_probabilities(model: GpuDecoder) -> Tensor:
-    """Of the tokens behind a prompt of 100, computed at once, and then of 20 more, one by one, of three sequences."""
-    tokens = torch.randint(model.vocab_size, (3, 120), generator=torch.Generator().manual_seed(0))
-    cache, tables = model.new_cache(24), torch.randperm(24).view(3, 8)
+def log_probabilities(model: GpuDecoder, prompt: int = 100, more: int = 20) -> Tensor:
+    """Of the tokens behind prompts of three sequences, computed at once, and then of more, one by one."""
+    length = prompt + more
+    sizes = (3, length)
+    tokens = torch.randint(model.vocab_size, sizes, generator=torch.Generator().manual_seed(0))
+    blocks = -(-length // BLOCK)
+    cache, tables = model.new_cache(3 * blocks), torch.randperm(3 * blocks).view(3, blocks)
     found = []
-    for begin, end in ((0, 100), *((at, at + 1) for at in range(100, 120))):
+    for begin, end in ((0, prompt), *((at, at + 1) for at in range(prompt, length))):
         count = end - begin
         batch = Batch(
             tokens=tokens[:, begin:end].flatten(),

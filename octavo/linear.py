@@ -48,7 +48,11 @@ class Fp8Linear(nn.Module):
         weight_scale: float32, a scalar, ``[out, 1]``, or one for each block.
         input_scale: float32 scalar; absent (None) where inputs are scaled per token as they come.
         bias: the model's dtype, ``[out]``, or None.
+        fast_accumulation: whether Hopper's tensor cores may keep sums in fewer bits than float32 has, as the
+            engines that serve let them; without, they add to float32 sums every few products, and take longer.
     """
+
+    fast_accumulation = False
 
     def __init__(self, like: nn.Linear, inputs: Inputs, scale_shape: tuple[int, ...]) -> None:
         """On the meta device, to be filled.
@@ -164,6 +168,7 @@ class Fp8Linear(nn.Module):
             *scales,
             bias=None if self.bias is None else self.bias.to(out),
             out_dtype=out,
+            use_fast_accum=self.fast_accumulation,
         )
 
     def _tiled_product(self, x: Rounded) -> Tensor:

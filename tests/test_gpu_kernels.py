@@ -31,7 +31,7 @@ POINTERS = {
 }
 CONSTANTS = {
     "adds": True, "quantizes": True, "limit": 448.0, "width": 128, "size": 128, "block": 16,
-    "group": 4, "rows": 16, "tile": 64, "splits": 16, "several": 16, "operand": tl.bfloat16,
+    "group": 4, "rows": 16, "tile": 64, "splits": 16, "operand": tl.bfloat16,
 }
 for name in "_quantize _add_rms_norm _silu_mul _rotate_and_store _attend _combine".split():
     kernel = getattr(kernels, name)
@@ -47,6 +47,25 @@ for name in "_quantize _add_rms_norm _silu_mul _rotate_and_store _attend _combin
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
     print(name)
+"""
+
+# Tiny models on a CPU, computed with the kernels as Triton's interpreter runs them, and without.
+DECODING = """
+import torch
+from benchmarks import gpu_engine, random_models
+from octavo.engines.torch.gpu import decoder, kernels
+from octavo.shapes import shape_called
+
+small = {**gpu_engine.SMALL, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+for shape, quantized in (("llama-3.1-8b", True), ("qwen3-0.6b", False)):
+    config = {**shape_called(shape), **small, "head_dim": 16}
+    network = random_models.random_network(config, torch.device("cpu"), quantized=quantized)
+    model = decoder.GpuDecoder(network)
+    expected = gpu_engine.log_probabilities(model, 5, 2)
+    model._kernels = kernels
+    difference = (gpu_engine.log_probabilities(model, 5, 2) - expected).abs().max()
+    assert difference < 0.01, difference
+    print(shape, quantized, difference.item())
 """
 
 
@@ -67,6 +86,10 @@ def run(*arguments: str, **environment: str) -> str:
 def test_against_their_references() -> None:
     printed = run("-m", "benchmarks.gpu_kernels", "--device", "cpu", TRITON_INTERPRET="1")
     assert len(printed.splitlines()) == 5
+
+
+def test_a_decoder_of_them() -> None:
+    assert len(run("-c", DECODING, TRITON_INTERPRET="1").splitlines()) == 2
 
 
 def test_compiled(tmp_path: Path) -> None:

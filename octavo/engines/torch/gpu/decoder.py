@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ class GpuDecoder:
         self.vocab_size, self.max_positions = shape.vocab, shape.positions
         self.cached_bytes = cached_bytes(shape, network.cache_dtype)
         self._kernels = _kernels_for(self.device)
-        # The reference of attention reads all that a sequence might have, as a graph would have to let it.
+        here: Any = torch.cuda.device_of  # has no types
+        self._current = partial(here, network.embedding)
+        # The reference of attention would read all that a sequence might ever have: a graph knows no lengths.
         self._captures = self._kernels is not reference and network.waits_for_nothing
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
@@ -47,11 +50,12 @@ class GpuDecoder:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: BlockCache) -> Tensor:
         """See :meth:`octavo.engines.torch.batch.Model.forward`."""
-        wanted = batch.wanted.to(self.device)
-        count = len(batch.tokens)
-        if len(batch.tables) == count <= MOST:
-            return self._step(batch, size_for(count), cache)[wanted]
-        return self._run(places_of(batch, self.device), cache)[wanted]
+        wanted, count = batch.wanted.to(self.device), len(batch.tokens)
+        # Kernels are launched on the thread's own GPU, which may be another.
+        with self._current():
+            if len(batch.tables) == count <= MOST:
+                return self._step(batch, size_for(count), cache)[wanted]
+            return self._run(places_of(batch, self.device), cache)[wanted]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -254,18 +254,17 @@ def _combine(
     size: tl.constexpr,
     width: tl.constexpr,
     splits: tl.constexpr,
-    several: tl.constexpr,
 ) -> None:
     """The splits of a query put together."""
     query = tl.program_id(0).to(tl.int64)
-    at, split = tl.arange(0, width), tl.arange(0, several)
-    inside, there = at < size, split < splits
-    largest = tl.load(maxima + query * splits + split, mask=there, other=-float("inf"))
+    at, split = tl.arange(0, width), tl.arange(0, splits)
+    inside = at < size
+    largest = tl.load(maxima + query * splits + split)
     weights = tl.exp(largest - tl.max(largest, axis=0))
-    total = tl.sum(weights * tl.load(sums + query * splits + split, mask=there, other=0.0), axis=0)
+    total = tl.sum(weights * tl.load(sums + query * splits + split), axis=0)
     parts = tl.load(
         partial + (query * splits + split)[:, None] * size + at[None, :],
-        mask=there[:, None] & inside[None, :],
+        mask=inside[None, :],
         other=0.0,
     )
     result = tl.sum(parts * weights[:, None], axis=0) / total * factor
@@ -367,6 +366,8 @@ def decode_attention(
     group = heads // kv_heads
     longest = triton.cdiv(tables.shape[1] * BLOCK, _KEYS)
     splits = max(1, min(_PROGRAMS // (count * kv_heads), longest, _MOST_SPLITS))
+    # A power of two: each number of splits is compiled by itself.
+    splits = 1 << (splits.bit_length() - 1)
     width = triton.next_power_of_2(size)
     partial = torch.empty(count, heads, splits, size, dtype=torch.float32, device=queries.device)
     maxima, sums = (
@@ -391,7 +392,6 @@ def decode_attention(
         size=size,
         width=width,
         splits=splits,
-        several=triton.next_power_of_2(splits),
         num_warps=1,
     )
     return out

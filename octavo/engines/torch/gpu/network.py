@@ -15,6 +15,10 @@ from octavo.engines.torch.weights import Shape, check_codes, rotary_tables, shap
 from octavo.linear import Fp8Linear
 from octavo.loading import Fp8KeyValueCache, fill, fp8_skeleton
 
+# Sums of FP8 products on Hopper's tensor cores in some 22 bits instead of float32: what vLLM and TensorRT-LLM serve
+# with. octavo.load, which is the reference, keeps float32.
+_FAST_ACCUMULATION = True
+
 
 class Linears:
     """Linear layers that share an input.
@@ -25,6 +29,8 @@ class Linears:
 
     def __init__(self, *modules: Any) -> None:
         self._modules = modules
+        for module in modules:
+            module.fast_accumulation = _FAST_ACCUMULATION
         scales = {
             module.input_scale.item()
             if isinstance(module, Fp8Linear) and module.input_scale is not None
