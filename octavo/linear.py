@@ -48,7 +48,11 @@ class Fp8Linear(nn.Module):
         weight_scale: float32, a scalar, ``[out, 1]``, or one for each block.
         input_scale: float32 scalar; absent (None) where inputs are scaled per token as they come.
         bias: the model's dtype, ``[out]``, or None.
+        fast_accumulation: whether Hopper's tensor cores may keep sums in fewer bits than float32 has, as the
+            engines that serve let them; without, they add to float32 sums every few products, and take longer.
     """
+
+    fast_accumulation = False
 
     def __init__(self, like: nn.Linear, inputs: Inputs, scale_shape: tuple[int, ...]) -> None:
         """On the meta device, to be filled.
@@ -116,6 +120,25 @@ class Fp8Linear(nn.Module):
             result = self._tiled_product(_round(x, self.input_scale))
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a product looks at scales before it goes on, which a GPU has to be waited for then."""
+        return not self._blocks and not _has_tensor_cores(self.weight)
+
+    def multiply(self, codes: Tensor) -> Tensor:
+        """The product with inputs that are rounded already, of a layer whose inputs have a scale of their own.
+
+        Args:
+            codes: ``float8_e4m3fn`` ``[rows, in]``, of inputs divided by ``input_scale``.
+
+        Returns:
+            BF16 ``[rows, out]``.
+        """
+        assert self.input_scale is not None
+        if _has_tensor_cores(self.weight):
+            return self._scaled_product(Rounded(codes, self.input_scale), torch.bfloat16)
+        return self._tiled_product(Rounded(codes.bfloat16(), self.input_scale))
+
     def rounded_input(self, x: Tensor) -> Tensor:
         """What the layer sees of ``x`` ``[rows, in]``, any floating dtype: float32, on the scale of ``x``."""
         rounded = self.rounded(x)
@@ -145,6 +168,7 @@ class Fp8Linear(nn.Module):
             *scales,
             bias=None if self.bias is None else self.bias.to(out),
             out_dtype=out,
+            use_fast_accum=self.fast_accumulation,
         )
 
     def _tiled_product(self, x: Rounded) -> Tensor:

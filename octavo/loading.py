@@ -139,7 +139,7 @@ def load(
     try:
         edition = Edition(checkpoint)
         built = fp8_skeleton(edition)
-        _fill(built, edition, pick_device(device))
+        fill(built, edition, pick_device(device))
     finally:
         checkpoint.close()
     generation = checkpoint.directory / "generation_config.json"
@@ -194,9 +194,21 @@ def _round_what_is_cached(
     return args, kwargs
 
 
-def _fill(model: PreTrainedModel, edition: Edition, device: torch.device) -> None:
-    """Read every tensor to where it stays."""
-    dtype = edition[_embedding(model)].dtype
+def fill(
+    model: PreTrainedModel,
+    edition: Edition,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Read every tensor to where it stays.
+
+    Args:
+        model: the edition's, of :func:`fp8_skeleton`.
+        edition: whose tensors they are.
+        device: where to.
+        dtype: of all that is neither codes nor scales; that of the embedding by default.
+    """
+    dtype = dtype or edition[_embedding(model)].dtype
     model.config.dtype = dtype
     for name in model.state_dict():
         canonical = canonical_name(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ settings.load_profile("octavo")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama checkpoint in BF16 with untied embeddings; read-only, copy it to edit it."""
     return tiny.build("llama", tmp_path_factory.mktemp("checkpoints") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A model of :data:`decoders.MODELS` in a scheme of :data:`decoders.SCHEMES`; read-only."""
+    from decoders import checkpoints
+
+    return checkpoints(tmp_path_factory.mktemp("embedded"))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,8 @@ def open_runner(directory, device, *, kv_cache_memory, **options):
     time.sleep(float(os.environ["LOADS"]))
     if "FAILS" in os.environ:
         raise OctavoError("it is no model. Take another.")
-    return Runner(ScriptedModel([65], seconds=0.02), blocks=64, **options)
+    chosen = {name: value for name, value in options.items() if value is not None}
+    return Runner(ScriptedModel([65], seconds=0.02), blocks=64, **chosen)
 
 engine.open_runner = open_runner
 from octavo.api.__main__ import main

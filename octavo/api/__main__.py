@@ -92,9 +92,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--served-model-name", help="what clients call it; the directory's name")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--kv-cache-memory", help="of keys and values, such as 4GiB")
-    parser.add_argument("--max-running", type=int, default=64, help="sequences computed at a time")
     parser.add_argument(
-        "--max-batch-tokens", type=int, default=512, help="tokens computed at a time"
+        "--max-running", type=int, help="sequences computed at a time: 64, on a GPU 256"
+    )
+    parser.add_argument(
+        "--max-batch-tokens", type=int, help="tokens computed at a time: 512, on a GPU 4096"
     )
     parser.add_argument("--max-waiting", type=int, default=1024, help="requests in the line")
     return parser.parse_args()

@@ -60,7 +60,10 @@ class CpuDecoder:
         vocab_size: token ids are below.
         max_positions: tokens of a sequence, at most.
         cached_bytes: of a token's keys and values in all layers.
+        device: the CPU.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, weights: Weights, threads: int) -> None:
         self._weights, self._team = weights, Team(threads)

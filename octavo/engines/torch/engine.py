@@ -12,8 +12,7 @@ from torch import Tensor
 
 from octavo import kernels
 from octavo.engines.engine import TokenIds, TokenScores
-from octavo.engines.torch.batch import BLOCK, Batch
-from octavo.engines.torch.decoder import CpuCache, CpuDecoder
+from octavo.engines.torch.batch import BLOCK, Batch, Cache, Model
 from octavo.engines.torch.request import Request, Sampling
 from octavo.engines.torch.scheduler import Scheduler
 
@@ -28,14 +27,14 @@ _RUNNING = 64
 
 
 class TorchEngine:
-    """The engine interface on the embedded decoder. All cores work on one sequence or batch at a time."""
+    """The engine interface on the embedded decoder, which works on one sequence or batch at a time."""
 
     name = "torch"
 
-    def __init__(self, model: CpuDecoder) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
         self.vocab_size, self.max_positions = model.vocab_size, model.max_positions
-        self._cache: CpuCache | None = None
+        self._cache: Cache | None = None
 
     def score(
         self, sequences: Iterable[TokenIds], starts: Iterable[int] = itertools.repeat(1)
@@ -72,7 +71,7 @@ class TorchEngine:
             scores = torch.cat(
                 [torch.log_softmax(logits.float(), dim=-1) for logits in self.logits(hidden)]
             )
-            result[group] = scores[:, list(choices)]
+            result[group] = scores[:, list(choices)].cpu()
         return result
 
     def generate(
@@ -136,18 +135,18 @@ class TorchEngine:
         tokens, start = torch.as_tensor(item[0], dtype=torch.int64), item[1]
         logits = self.logits(self.hidden(tokens[:-1])[start - 1 :])
         parts = [
-            kernels.score(piece, targets)
+            kernels.score(piece.cpu(), targets)
             for piece, targets in zip(logits, torch.split(tokens[start:], _SLICE), strict=True)
         ]
         return TokenScores(*(torch.cat(one) for one in zip(*parts, strict=True)))
 
-    def _room(self, blocks: int) -> CpuCache:
+    def _room(self, blocks: int) -> Cache:
         """A cache of so many blocks, whatever is in it."""
         if self._cache is None or self._cache.blocks < blocks:
             self._cache = self._model.new_cache(blocks)
         return self._cache
 
-    def _forward(self, ids: Tensor, cache: CpuCache, *, last_only: bool = False) -> Tensor:
+    def _forward(self, ids: Tensor, cache: Cache, *, last_only: bool = False) -> Tensor:
         """Hidden states of a sequence in the first blocks of the cache, some tokens at a time."""
         table = torch.arange(_blocks(len(ids))).unsqueeze(0)
         results = []

@@ -138,8 +138,8 @@ def load_weights(edition: Edition) -> Weights:
     """
     model: Any = fp8_skeleton(edition)
     path = edition.directory / "config.json"
-    shape = _shape(model, path)
-    cos, sin = _rotary(model, shape, path)
+    shape = shape_of(model.config, path)
+    cos, sin = rotary_tables(model, shape, path)
     loader = _Loader(edition)
     modules = dict(model.named_modules())
     names = [f"model.layers.{layer}.{one}" for layer in range(shape.layers) for one in PROJECTIONS]
@@ -175,7 +175,7 @@ def load_weights(edition: Edition) -> Weights:
         norms=read(norms, shape.layers, 2, shape.hidden),
         head_norms=read(head_norms, len(head_norms) // 2, 2, shape.head_dim),
         final_norm=read(["model.norm.weight"], 1, shape.hidden),
-        windows=_windows(model.config, shape),
+        windows=windows_of(model.config, shape),
         cache_scales=_cache_scales(edition, layers if cached else []),
         cos=cos,
         sin=sin,
@@ -214,11 +214,8 @@ class _Loader:
         self.arena = huge_pages(self._end)
         for name, row in self._rows.items():
             weight = self._edition.read(f"{name}.weight")
-            if row["nbytes"] == 1 and (weight.view(torch.uint8) & 0x7F == 0x7F).any():
-                raise OctavoError(
-                    f"tensor '{name}.weight' in {self._edition.file_of(f'{name}.weight')} holds NaN; "
-                    "expected numbers. The edition is damaged: quantize the original checkpoint again."
-                )
+            if row["nbytes"] == 1:
+                check_codes(self._edition, f"{name}.weight", weight)
             self._fill(row, weight)
             self._describe(row, name)
         return self._rows
@@ -265,6 +262,19 @@ class _Loader:
             self.biases.append(bias.numpy())
 
 
+def check_codes(edition: Edition, name: str, codes: Tensor) -> None:
+    """Raise if E4M3 codes of the tensor called ``name`` are not all numbers.
+
+    Raises:
+        OctavoError: some are NaN.
+    """
+    if (codes.view(torch.uint8) & 0x7F == 0x7F).any():
+        raise OctavoError(
+            f"tensor '{name}' in {edition.file_of(name)} holds NaN; expected numbers. "
+            "The edition is damaged: quantize the original checkpoint again."
+        )
+
+
 def huge_pages(nbytes: int) -> Array:
     """Zeros, uint8, on huge pages: with small ones, reading gigabytes in order waits for page tables half the time."""
     memory = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -272,8 +282,16 @@ def huge_pages(nbytes: int) -> Array:
     return np.frombuffer(memory, np.uint8)
 
 
-def _shape(model: Any, path: Path) -> Shape:
-    config = model.config
+def shape_of(config: Any, path: Path) -> Shape:
+    """Sizes of the decoder that a ``transformers`` config describes.
+
+    Args:
+        config: of a family of :data:`octavo.skeleton.SUPPORTED`.
+        path: its file.
+
+    Raises:
+        OctavoError: not a decoder the embedded engine computes.
+    """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.hidden_act != "silu":
         raise OctavoError(
@@ -304,8 +322,8 @@ def _shape(model: Any, path: Path) -> Shape:
     )
 
 
-def _windows(config: Any, shape: Shape) -> Array:
-    """Tokens that a token sees in each layer."""
+def windows_of(config: Any, shape: Shape) -> Array:
+    """Tokens that a token sees in each layer, itself included: int64 ``[layers]``."""
     everywhere = "sliding_attention" if config.model_type == "mistral" else "full_attention"
     kinds = getattr(config, "layer_types", None) or [everywhere] * shape.layers
     sliding = getattr(config, "sliding_window", None) or shape.positions
@@ -313,8 +331,12 @@ def _windows(config: Any, shape: Shape) -> Array:
     return np.array(sizes, dtype=np.int64)
 
 
-def _rotary(model: Any, shape: Shape, path: Path) -> tuple[Array, Array]:
-    """Cosines and sines ``[positions, head_dim / 2]`` as BF16 numbers in float32, by ``transformers``."""
+def rotary_tables(model: Any, shape: Shape, path: Path) -> tuple[Array, Array]:
+    """Cosines and sines ``[positions, head_dim / 2]`` as BF16 numbers in float32, by ``transformers``.
+
+    Raises:
+        OctavoError: they would depend on how long a sequence gets.
+    """
     module = next(one for one in model.modules() if type(one).__name__.endswith("RotaryEmbedding"))
     if module.rope_type not in _ROTARY:
         raise OctavoError(
