@@ -252,7 +252,9 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def numbers(codes: Tensor) -> Tensor:
-    """``float8_e4m3fn`` codes on the CPU as the BF16 numbers they are, exactly."""
+    """``float8_e4m3fn`` codes as the BF16 numbers they are, exactly."""
+    if codes.device.type != "cpu":
+        return codes.to(torch.bfloat16)
     result = torch.empty(codes.shape, dtype=torch.bfloat16)
     kernels.from_e4m3(codes.reshape(-1), result.view(-1))
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 import reference
 import tiny
 from octavo import Calibration, Scheme, quantize
+from octavo.engines import open_engine
 from octavo.engines.torch.batch import BLOCK, Batch, Model
 from octavo.scheme import scheme_called
 
@@ -117,3 +119,12 @@ def exact(source: Path, edition: Path, ids: Tensor) -> Tensor:
     logits = model(ids[None]).logits[0]
     result: Tensor = torch.log_softmax(logits, dim=-1)
     return result
+
+
+def by_transformers(path: Path, ids: Tensor) -> Tensor:
+    """Log-probabilities by the engine on ``transformers``."""
+    with closing(open_engine("transformers", path, "cpu")) as opened:
+        engine: Any = opened
+        with engine.computing(), torch.inference_mode():
+            logits = torch.cat(list(engine.logits(engine.hidden(ids)))).float()
+    return torch.log_softmax(logits, dim=-1)

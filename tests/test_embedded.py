@@ -20,6 +20,7 @@ import tiny
 from decoders import (
     MODELS,
     SCHEMES,
+    by_transformers,
     divergence,
     exact,
     log_probabilities,
@@ -155,11 +156,7 @@ class TestDecoder:
     ) -> None:
         source, path, ids = checkpoint(model, "bf16"), checkpoint(model, scheme), tokens(90)
         expected = exact(source, path, ids)
-        with closing(open_engine("transformers", path, "cpu")) as opened:
-            engine: Any = opened
-            with engine.computing(), torch.inference_mode():
-                theirs = torch.cat(list(engine.logits(engine.hidden(ids)))).float()
-        limit = 1e-4 + 2 * divergence(expected, torch.log_softmax(theirs, dim=-1))
+        limit = 1e-4 + 2 * divergence(expected, by_transformers(path, ids))
         with closing(open_decoder(path, threads=2)) as decoder:
             assert len(ids) > FEW
             for chunk in (len(ids), FEW + 1, 20, 5, 1):

@@ -15,6 +15,7 @@ from benchmarks import gpu_engine, random_models
 from decoders import (
     MODELS,
     SCHEMES,
+    by_transformers,
     divergence,
     exact,
     log_probabilities,
@@ -51,11 +52,7 @@ class TestDecoder:
     ) -> None:
         source, path, ids = checkpoint(model, "bf16"), checkpoint(model, scheme), tokens(60)
         expected = exact(source, path, ids)
-        with closing(open_engine("transformers", path, "cpu")) as opened:
-            engine: Any = opened
-            with engine.computing(), torch.inference_mode():
-                theirs = torch.cat(list(engine.logits(engine.hidden(ids)))).float()
-        limit = 1e-4 + 2 * divergence(expected, torch.log_softmax(theirs, dim=-1))
+        limit = 1e-4 + 2 * divergence(expected, by_transformers(path, ids))
         decoder = open_decoder(path, CPU)
         for chunk in (len(ids), 20, 1):
             assert divergence(expected, log_probabilities(decoder, ids, chunk)) < limit

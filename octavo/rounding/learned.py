@@ -33,7 +33,7 @@ class LearnedCodes:
             scale: float32, as for :func:`octavo.fp8.dequantize`.
             rate: how far a number moves in the first step, at most about, in distances between codes.
         """
-        self.codes, self._first, self._rate = codes, _numbers(codes), rate
+        self.codes, self._first, self._rate = codes, fp8.numbers(codes), rate
         self._scale = fp8.spread(scale, tuple(codes.shape))
         self._unit = code_distance(codes)
         self._moved = torch.zeros(codes.shape, device=codes.device, requires_grad=True)
@@ -58,12 +58,12 @@ class LearnedCodes:
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """What the codes stand for, as a new tensor."""
-        return (_numbers(self.codes).to(dtype) * self._scale).to(dtype)
+        return (fp8.numbers(self.codes).to(dtype) * self._scale).to(dtype)
 
     @property
     def changed(self) -> int:
         """How many codes are no longer those of the beginning."""
-        return int((_numbers(self.codes) != self._first).sum())
+        return int((fp8.numbers(self.codes) != self._first).sum())
 
 
 def code_distance(codes: Tensor) -> Tensor:
@@ -71,8 +71,3 @@ def code_distance(codes: Tensor) -> Tensor:
     numbers = codes.float()
     exponents = torch.where(numbers == 0, _LEAST_EXPONENT, torch.frexp(numbers).exponent - 1)
     return torch.exp2(exponents.clamp_min_(_LEAST_EXPONENT) - _MANTISSA).bfloat16()
-
-
-def _numbers(codes: Tensor) -> Tensor:
-    """E4M3 codes in BF16, exactly."""
-    return fp8.numbers(codes) if codes.device.type == "cpu" else codes.to(torch.bfloat16)
