@@ -642,6 +642,27 @@ def test_the_description_holds(server: Running) -> None:
     assert {"POST /v1/completions", "POST /v1/chat/completions", "GET /health"} <= {*tried}
 
 
+def test_an_engine_that_has_died(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    def fail() -> None:
+        raise AssertionError("a mistake of ours")
+
+    with Running(tokenizer) as server:
+        body = {"model": "tiny", "prompt": "ab", "max_tokens": 2}
+        assert httpx2.get(f"{server.url}/health").status_code == 200
+        monkeypatch.setattr(server.runner._scheduler, "step", fail)
+        assert httpx2.post(f"{server.url}/v1/completions", json=body).status_code == 500
+        for answer in (
+            httpx2.get(f"{server.url}/health"),
+            httpx2.post(f"{server.url}/v1/completions", json=body),
+        ):
+            assert answer.status_code == 503
+            error = answer.json()["error"]
+            assert error["code"] == "failed"
+            assert "a mistake of ours" in error["message"]
+
+
 def test_a_checkpoint_that_cannot_be_opened() -> None:
     failures: list[Exception] = []
     service = Service(

@@ -630,6 +630,7 @@ class TestRunner:
             monkeypatch.setattr(runner._scheduler, "step", fail)
             runner.submit(Request([1], 1), caller := Caller())
             assert "a mistake of ours" in str(caller.error())
-            with pytest.raises(DrainingError):
+            with pytest.raises(DrainingError, match="a mistake of ours"):
                 runner.submit(Request([1], 1), Caller())
+            assert isinstance(runner.failure, AssertionError)
             assert runner.drain(LONG)

@@ -90,6 +90,12 @@ class Service:
         """
         if self._served is None or self.state != "ready":
             raise ApiError(503, f"The server is {self.state}. Try again later.", code=self.state)
+        if self._served.runner.failure is not None:
+            raise ApiError(
+                503,
+                f"The engine has failed: {self._served.runner.failure!r}. Start the server again.",
+                code="failed",
+            )
         return self._served
 
     def named(self, model: str) -> Served:
@@ -121,8 +127,6 @@ class Service:
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None
         except DrainingError as error:
-            # Be it that the engine's thread has died: the server is of no more use.
-            self.state = "draining"
             raise ApiError(503, str(error), code="draining") from None
         except OctavoError as error:
             raise ApiError(400, str(error), param="prompt") from None

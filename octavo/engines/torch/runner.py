@@ -103,6 +103,7 @@ class Runner:
         self._cancelled: list[Ticket] = []
         self._draining = False
         self._closing = False
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="octavo-runner", daemon=True)
         self._thread.start()
 
@@ -121,6 +122,10 @@ class Runner:
             OctavoError: The request can never be served.
         """
         with self._changed:
+            if self._failure is not None:
+                raise DrainingError(
+                    f"the engine has failed ({self._failure!r}), and takes no more requests. Start it again."
+                )
             if self._draining:
                 raise DrainingError(
                     "the engine takes no more requests: it is shutting down. Ask another one."
@@ -202,6 +207,11 @@ class Runner:
         self._thread.join()
         self._model.close()
 
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the thread, if it did not end by being closed: nothing more will come of the engine."""
+        return self._failure
+
     def stats(self) -> Stats:
         """Counts as they are, from any thread; during a step they may be of different moments."""
         scheduler, blocks = self._scheduler, self._scheduler.blocks
@@ -231,7 +241,7 @@ class Runner:
         try:
             self._serve()
         except Exception as failure:
-            error = failure
+            error = self._failure = failure
             raise
         finally:
             with self._changed:
