@@ -29,12 +29,13 @@ from decoders import (
 )
 from octavo import OctavoError
 from octavo.engines import open_engine
-from octavo.engines.torch import open_model, open_runner
+from octavo.engines.torch import dots, open_model, open_runner
 from octavo.engines.torch.batch import BLOCK, Batch
 from octavo.engines.torch.decoder import FEW, CpuDecoder, open_decoder
 from octavo.engines.torch.step import round_input
+from octavo.engines.torch.strips import STRIP, multiply
 from octavo.engines.torch.team import Team
-from octavo.engines.torch.vectors import E4M3_UNIT, STRIP, multiply
+from octavo.engines.torch.vectors import E4M3_UNIT
 from octavo.engines.torch.weights import AS_IT_IS, BY_GROUP, BY_TOKEN, LINEAR, STATIC
 from spoiling import edit_json, edit_tensors
 
@@ -45,13 +46,24 @@ def decoder(checkpoint: Callable[[str, str], Path]) -> Iterator[CpuDecoder]:
         yield opened
 
 
+# What inputs are multiplied as, where this machine can.
+INPUTS = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(not dots.AVAILABLE, reason="no AVX512-BF16 and AVX512-VBMI"),
+    ),
+]
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
 class TestMultiply:
-    @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 13, 32])
+    @pytest.mark.parametrize("rows", [*range(1, 9), 13, 32])
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
-    def test_against_float64(self, rows: int, dtype: torch.dtype) -> None:
-        columns, generator = 48, torch.Generator().manual_seed(rows)
+    def test_against_float64(self, rows: int, dtype: torch.dtype, inputs: torch.dtype) -> None:
+        columns, generator = 192, torch.Generator().manual_seed(rows)
         stored = (torch.randn(STRIP, columns + 16, generator=generator) * 100).to(dtype)
-        x = torch.randn(rows, columns + 16, generator=generator)
+        x = torch.randn(rows, columns + 16, generator=generator).to(inputs)
         scales = torch.rand(STRIP, generator=generator)
         factors = scales * (E4M3_UNIT if dtype.itemsize == 1 else 1)
         part, sums = torch.empty(2 * STRIP), torch.ones(STRIP, rows + 3)
@@ -63,7 +75,8 @@ class TestMultiply:
             factors.data_ptr(),
             4,
             x.data_ptr(),
-            x.stride(0) * 4,
+            x.stride(0) * x.itemsize,
+            x.itemsize,
             rows,
             part.data_ptr(),
             sums.data_ptr(),
@@ -72,25 +85,30 @@ class TestMultiply:
         )
         product = stored.double()[:, :columns] @ x.double()[:, :columns].T
         expected = 1 + product * scales.double()[:, None]
-        torch.testing.assert_close(sums[:, :rows].double(), expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(sums[:, :rows].double(), expected, rtol=1e-4, atol=2e-3)
         assert (sums[:, rows:] == 1).all()
 
-    def test_every_code_exactly(self) -> None:
+    @pytest.mark.parametrize("column", [5, 13, 31, 40, 63])
+    def test_every_code_exactly(self, column: int, inputs: torch.dtype) -> None:
         codes = torch.arange(256, dtype=torch.uint8)
         numbers = codes.view(torch.float8_e4m3fn).float()
         finite = numbers.isfinite()
         part = torch.empty(2 * STRIP)
+        # Every place has an input of its own.
+        x = torch.arange(1, 65, dtype=torch.float32).to(inputs)
         for start in range(0, 256, STRIP):
             # Each code alone in a row of zeros.
-            rows = torch.zeros(STRIP, 16, dtype=torch.uint8)
-            rows[:, 5] = codes[start : start + STRIP]
-            x, scale, sums = torch.ones(1, 16), torch.tensor([E4M3_UNIT]), torch.zeros(STRIP, 1)
+            rows = torch.zeros(STRIP, 64, dtype=torch.uint8)
+            rows[:, column] = codes[start : start + STRIP]
+            scale, sums = torch.tensor([E4M3_UNIT]), torch.zeros(STRIP, 1)
             multiply(
-                *(rows.data_ptr(), 16, 1, 16, scale.data_ptr(), 0, x.data_ptr(), 64, 1),
+                *(rows.data_ptr(), 64, 1, 64, scale.data_ptr(), 0),
+                *(x.data_ptr(), 64 * x.itemsize, x.itemsize, 1),
                 *(part.data_ptr(), sums.data_ptr(), 4, 4),
             )
+            expected = numbers[start : start + STRIP] * (column + 1)
             wanted = finite[start : start + STRIP]
-            assert torch.equal(sums[:, 0][wanted], numbers[start : start + STRIP][wanted])
+            assert torch.equal(sums[:, 0][wanted], expected[wanted])
 
 
 class TestRoundInput:

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from octavo.bits import JIT, code_of, exp, nearest_e4m3, to_bf16, widen
+from octavo.bits import JIT, bits_of, code_of, exp, nearest_e4m3, to_bf16, widen
 from octavo.engines.torch import tiles
 from octavo.engines.torch.batch import BLOCK
+from octavo.engines.torch.strips import STRIP, multiply
 from octavo.engines.torch.vectors import (
     E4M3_UNIT,
     LINE,
-    STRIP,
     mix,
-    multiply,
     prefetch,
     store,
     uncounted,
@@ -65,6 +64,7 @@ class Work(NamedTuple):
         hidden: BF16 ``[tokens, hidden]``, the residual stream.
         normed: BF16 ``[tokens, hidden]``.
         inputs: float32 ``[places, tokens, widest]``: rounded inputs of linear layers.
+        halves: BF16 ``[places, tokens, widest]``: the same for linear layers that take them so.
         factors: float32 ``[places, tokens]``: what their products are multiplied by.
         pairs: BF16 ``[places, sixteens of tokens, widest / 2, 16, 2]``: the same inputs as the matrix unit takes them.
         layout: uint8 ``[64]``: how that is set up.
@@ -84,6 +84,7 @@ class Work(NamedTuple):
     hidden: Array
     normed: Array
     inputs: Array
+    halves: Array
     factors: Array
     pairs: Array
     layout: Array
@@ -117,6 +118,7 @@ class Work(NamedTuple):
             hidden=bf16(tokens, shape.hidden),
             normed=bf16(tokens, shape.hidden),
             inputs=float32(3, tokens, widest),
+            halves=bf16(3, tokens, widest),
             factors=float32(3, tokens),
             pairs=bf16(3, sixteens, widest // 2, _SIDE, 2),
             layout=tiles.configuration(),
@@ -184,6 +186,13 @@ def round_input(linear: Any, x: Any, out: Any) -> Any:
 
 
 @njit(**JIT)
+def _halve(x: Any, out: Any) -> None:
+    """Float32 that are BF16 numbers, as those."""
+    for i in range(x.shape[0]):
+        out[i] = np.uint16(bits_of(x[i]) >> np.uint32(16))
+
+
+@njit(**JIT)
 def _round_inputs(
     linears: Any, first: Any, last: Any, token: Any, tokens: Any, x: Any, work: Any
 ) -> None:
@@ -193,8 +202,10 @@ def _round_inputs(
             place = index - first
             factor = round_input(linears[index], x, work.inputs[place, token])
             work.factors[place, token] = factor
+            row = work.inputs[place, token, : x.shape[0]]
+            if linears[index].halves:
+                _halve(row, work.halves[place, token])
             if tokens >= _TILED:
-                row = work.inputs[place, token, : x.shape[0]]
                 tiles.pair(row, token % _SIDE, work.pairs[place, token // _SIDE])
 
 
@@ -206,6 +217,7 @@ class Operands(NamedTuple):
     inputs: int
     inputs_stride: int
     place_stride: int
+    halves: int
     parts: int
     sums: int
     sums_stride: int
@@ -219,6 +231,7 @@ def _operands(weights: Any, work: Any, thread: Any) -> Any:
         work.inputs.ctypes.data,
         work.inputs.strides[1],
         work.inputs.strides[0],
+        work.halves.ctypes.data,
         work.parts.ctypes.data + thread * work.parts.strides[0],
         work.sums.ctypes.data + thread * work.sums.strides[0],
         work.sums.strides[1],
@@ -233,6 +246,11 @@ def _strip(linear: Any, row: Any, at: Any, tokens: Any) -> None:
             store(at.sums + i * at.sums_stride + token * 4, np.float32(0))
     blocks = (linear.columns + linear.width - 1) // linear.width
     stride = linear.columns * linear.nbytes
+    # BF16 numbers that are needed once or twice are waited for, whatever is done with them.
+    halved = linear.halves and (linear.nbytes == 1 or tokens > 2)
+    # Of the same sizes, at half the bytes.
+    x_nbytes = 2 if halved else 4
+    x = (at.halves if halved else at.inputs) + linear.place * at.place_stride * x_nbytes // 4
     for block in range(blocks):
         begin = block * linear.width
         multiply(
@@ -242,8 +260,9 @@ def _strip(linear: Any, row: Any, at: Any, tokens: Any) -> None:
             min(linear.width, linear.columns - begin),
             at.scales + (linear.scales + row * blocks + block) * 4,
             blocks * 4,
-            at.inputs + linear.place * at.place_stride + begin * 4,
-            at.inputs_stride,
+            x + begin * x_nbytes,
+            at.inputs_stride * x_nbytes // 4,
+            x_nbytes,
             tokens,
             at.parts,
             at.sums,
@@ -512,6 +531,7 @@ def attend(
                 0,
                 queries.ctypes.data,
                 queries.strides[0],
+                4,
                 group,
                 work.parts.ctypes.data + thread * work.parts.strides[0],
                 scores.ctypes.data + place * 4,

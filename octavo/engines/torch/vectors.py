@@ -1,6 +1,6 @@
 """What Numba's loops cannot say: products in full vectors, barriers, and addresses.
 
-A *tile* is the product of 2 to 8 rows of numbers in memory, E4M3 or BF16, with 1 to 8 rows of float32: as many as there
+A *tile* is the product of 2 to 8 rows of numbers in memory, E4M3 or BF16, with 1 to 8 rows of inputs: as many as there
 are registers for, so that a number is decoded once for all of them. Explicit vectors of 16 lanes keep LLVM from choosing half of that.
 
 E4M3 is decoded by way of FP16: its seven low bits, shifted into place there, are the number times 2⁻⁸, its subnormals
@@ -31,11 +31,8 @@ LINE = 64
 _AHEAD = 8192
 # A decoded E4M3 number times this is the number.
 E4M3_UNIT = 256.0
-# Rows of numbers that are multiplied at a time.
-STRIP = 8
-# By how many rows of float32 there are in a tile: its rows of numbers.
-_HEIGHTS = {1: 8, 2: 8, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}
-_MOST_ROWS = 8
+# By how many rows of inputs there are in a tile: its rows of numbers.
+HEIGHTS = {1: 8, 2: 8, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}
 
 _BYTE, _HALF_WORD, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
@@ -82,124 +79,130 @@ def fetch(builder: Any, address: Any) -> None:
     builder.call(function, [builder.inttoptr(address, pointer), _WORD(0), _WORD(2), _WORD(1)])
 
 
-def _tile(numbers: Format, rows: int) -> Any:
-    """``tile(at, stride, x, x_stride, columns, out)``: some rows of numbers by ``rows`` rows of float32.
+class Product(NamedTuple):
+    """How numbers and inputs become vectors, and what is added to sums of 16 lanes.
 
-    All are int64: addresses, bytes from a row to the next, and columns, a multiple of :data:`LANES`. ``out`` gets
-    float32 ``[height, rows]``.
+    Attributes:
+        columns: that are multiplied at a time.
+        nbytes: of a number.
+        x_nbytes: of an input.
+        numbers: the vectors of ``columns`` numbers at an address.
+        inputs: those of as many inputs.
+        add: vectors of numbers and of inputs, multiplied, added to a sum.
     """
-    height = _HEIGHTS[rows]
 
-    def load(builder: Any, address: Any, element: ir.Type, align: int) -> Any:
-        return builder.load(builder.inttoptr(address, ir.PointerType(vector(element))), align=align)
+    columns: int
+    nbytes: int
+    x_nbytes: int
+    numbers: Callable[[Any, Any], list[Any]]
+    inputs: Callable[[Any, Any], list[Any]]
+    add: Callable[[Any, Any, Any, Any], Any]
+
+
+def loaded(builder: Any, address: Any, kind: ir.Type) -> Any:
+    """A vector at an address."""
+    return builder.load(builder.inttoptr(address, ir.PointerType(kind)), align=1)
+
+
+def _fma(builder: Any, one: Any, other: Any, total: Any) -> Any:
+    kind = ir.FunctionType(vector(_FLOAT), [vector(_FLOAT)] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+    return builder.call(function, [one, other, total])
+
+
+def _with_float32(numbers: Format) -> Product:
+    """Numbers by inputs in float32."""
+
+    def decoded(builder: Any, address: Any) -> list[Any]:
+        return [numbers.decode(builder, loaded(builder, address, vector(numbers.element)))]
+
+    def inputs(builder: Any, address: Any) -> list[Any]:
+        return [loaded(builder, address, vector(_FLOAT))]
+
+    return Product(LANES, numbers.nbytes, 4, decoded, inputs, _fma)
+
+
+def _tile(builder: Any, product: Product, rows: int, arguments: Any) -> None:
+    """A tile of ``rows`` rows of inputs; see :func:`tiles`."""
+    at, stride, x, x_stride, columns, out = arguments
+    height = HEIGHTS[rows]
+    number = [builder.add(at, builder.mul(stride, _LONG(row))) for row in range(height)]
+    factor = [builder.add(x, builder.mul(x_stride, _LONG(row))) for row in range(rows)]
+    entry = builder.block
+    body, after = (builder.append_basic_block(name) for name in ("tile", "after"))
+    builder.branch(body)
+
+    builder.position_at_end(body)
+    column = builder.phi(_LONG)
+    sums = [[builder.phi(vector(_FLOAT)) for _ in factor] for _ in number]
+    offset, x_offset = (
+        builder.mul(column, _LONG(size)) for size in (product.nbytes, product.x_nbytes)
+    )
+    # Rows behind these, in the order they lie in: read in strips, they come too late by themselves.
+    ahead = builder.add(
+        builder.add(at, builder.mul(stride, _LONG(height))), builder.mul(offset, _LONG(height))
+    )
+    for line in range(0, height * product.columns * product.nbytes, LINE):
+        fetch(builder, builder.add(ahead, _LONG(_AHEAD + line)))
+    right = [product.inputs(builder, builder.add(one, x_offset)) for one in factor]
+    added = []
+    for one, totals in zip(number, sums, strict=True):
+        left = product.numbers(builder, builder.add(one, offset))
+        results = []
+        for others, total in zip(right, totals, strict=True):
+            result = total
+            for part, other in zip(left, others, strict=True):
+                result = product.add(builder, part, other, result)
+            results.append(result)
+        added.append(results)
+    following = builder.add(column, _LONG(product.columns))
+    column.add_incoming(_LONG(0), entry)
+    column.add_incoming(following, body)
+    for totals, results in zip(sums, added, strict=True):
+        for total, result in zip(totals, results, strict=True):
+            total.add_incoming(_splat(_FLOAT, 0.0), entry)
+            total.add_incoming(result, body)
+    builder.cbranch(builder.icmp_signed("<", following, columns), body, after)
+
+    builder.position_at_end(after)
+    kind = ir.FunctionType(_FLOAT, [_FLOAT, vector(_FLOAT)])
+    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+    reduce = cgutils.get_or_insert_function(builder.module, kind, name)
+    for index, result in enumerate(result for results in added for result in results):
+        total = builder.call(reduce, [_FLOAT(0.0), result], fastmath=("reassoc",))
+        place = builder.inttoptr(builder.add(out, _LONG(4 * index)), ir.PointerType(_FLOAT))
+        builder.store(total, place)
+
+
+def tiles(product: Product) -> Any:
+    """``tile(rows, at, stride, x, x_stride, columns, out)``: rows of numbers by ``rows`` rows of inputs.
+
+    All are int64: 1 to 8 rows, addresses, bytes from a row to the next, and columns, a multiple of the product's. There are
+    ``HEIGHTS[rows]`` rows of numbers, and ``out`` gets as many of float32 ``[rows]``.
+    """
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        at, stride, x, x_stride, columns, out = arguments
-        functions = {
-            name: cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32")
-            for name, kind in {
-                "fma": ir.FunctionType(vector(_FLOAT), [vector(_FLOAT)] * 3),
-                "vector.reduce.fadd": ir.FunctionType(_FLOAT, [_FLOAT, vector(_FLOAT)]),
-            }.items()
-        }
-        number = [builder.add(at, builder.mul(stride, _LONG(row))) for row in range(height)]
-        factor = [builder.add(x, builder.mul(x_stride, _LONG(row))) for row in range(rows)]
-        entry = builder.block
-        body, after = (builder.append_basic_block(name) for name in ("tile", "after"))
-        builder.branch(body)
-
-        builder.position_at_end(body)
-        column = builder.phi(_LONG)
-        sums = [[builder.phi(vector(_FLOAT)) for _ in factor] for _ in number]
-        offset, x_offset = (builder.mul(column, _LONG(size)) for size in (numbers.nbytes, 4))
-        left = [
-            numbers.decode(builder, load(builder, builder.add(one, offset), numbers.element, 1))
-            for one in number
-        ]
-        # Rows behind these, in the order they lie in: read in strips, they come too late by themselves.
-        ahead = builder.add(
-            builder.add(at, builder.mul(stride, _LONG(height))), builder.mul(offset, _LONG(height))
-        )
-        for line in range(0, height * LANES * numbers.nbytes, LINE):
-            fetch(builder, builder.add(ahead, _LONG(_AHEAD + line)))
-        right = [load(builder, builder.add(one, x_offset), _FLOAT, 4) for one in factor]
-        added = [
-            [
-                builder.call(functions["fma"], [one, other, total])
-                for other, total in zip(right, totals, strict=True)
-            ]
-            for one, totals in zip(left, sums, strict=True)
-        ]
-        following = builder.add(column, _LONG(LANES))
-        column.add_incoming(_LONG(0), entry)
-        column.add_incoming(following, body)
-        for totals, results in zip(sums, added, strict=True):
-            for total, result in zip(totals, results, strict=True):
-                total.add_incoming(_splat(_FLOAT, 0.0), entry)
-                total.add_incoming(result, body)
-        builder.cbranch(builder.icmp_signed("<", following, columns), body, after)
-
-        builder.position_at_end(after)
-        for index, result in enumerate(result for results in added for result in results):
-            total = builder.call(
-                functions["vector.reduce.fadd"], [_FLOAT(0.0), result], fastmath=("reassoc",)
-            )
-            place = builder.inttoptr(builder.add(out, _LONG(4 * index)), ir.PointerType(_FLOAT))
-            builder.store(total, place)
+        rows, *rest = arguments
+        end = builder.append_basic_block("end")
+        choice = builder.switch(rows, end)
+        for count in HEIGHTS:
+            block = builder.append_basic_block(f"rows.{count}")
+            choice.add_case(_LONG(count), block)
+            builder.position_at_end(block)
+            _tile(builder, product, count, rest)
+            builder.branch(end)
+        builder.position_at_end(end)
         return context.get_dummy_value()
 
-    def tile(_: Any, at: Any, stride: Any, x: Any, x_stride: Any, columns: Any, out: Any) -> Any:
-        return types.void(*[types.int64] * 6), codegen
+    def tile(
+        _: Any, rows: Any, at: Any, stride: Any, x: Any, x_stride: Any, columns: Any, out: Any
+    ) -> Any:
+        return types.void(*[types.int64] * 7), codegen
 
     return intrinsic(tile)
 
 
-_TILES = {
-    (numbers.nbytes, rows): _tile(numbers, rows) for numbers in (E4M3, _BF16) for rows in _HEIGHTS
-}
-(_e1, _e2, _e3, _e4, _e5, _e6, _e7, _e8), (_b1, _b2, _b3, _b4, _b5, _b6, _b7, _b8) = (
-    [_TILES[nbytes, rows] for rows in _HEIGHTS] for nbytes in (1, 2)
-)
-
-
-@njit(**JIT)
-def _tile_of(
-    nbytes: Any, rows: Any, at: Any, stride: Any, x: Any, x_stride: Any, columns: Any, out: Any
-) -> None:
-    """The tile for numbers of ``nbytes`` bytes and ``rows`` rows of float32."""
-    if nbytes == 1:
-        if rows == 8:
-            _e8(at, stride, x, x_stride, columns, out)
-        elif rows == 7:
-            _e7(at, stride, x, x_stride, columns, out)
-        elif rows == 6:
-            _e6(at, stride, x, x_stride, columns, out)
-        elif rows == 5:
-            _e5(at, stride, x, x_stride, columns, out)
-        elif rows == 4:
-            _e4(at, stride, x, x_stride, columns, out)
-        elif rows == 3:
-            _e3(at, stride, x, x_stride, columns, out)
-        elif rows == 2:
-            _e2(at, stride, x, x_stride, columns, out)
-        else:
-            _e1(at, stride, x, x_stride, columns, out)
-    elif rows == 8:
-        _b8(at, stride, x, x_stride, columns, out)
-    elif rows == 7:
-        _b7(at, stride, x, x_stride, columns, out)
-    elif rows == 6:
-        _b6(at, stride, x, x_stride, columns, out)
-    elif rows == 5:
-        _b5(at, stride, x, x_stride, columns, out)
-    elif rows == 4:
-        _b4(at, stride, x, x_stride, columns, out)
-    elif rows == 3:
-        _b3(at, stride, x, x_stride, columns, out)
-    elif rows == 2:
-        _b2(at, stride, x, x_stride, columns, out)
-    else:
-        _b1(at, stride, x, x_stride, columns, out)
+e4m3_tile, bf16_tile = tiles(_with_float32(E4M3)), tiles(_with_float32(_BF16))
 
 
 def _prefetch_codegen(_: Any, address: Any) -> Any:
@@ -237,54 +240,6 @@ def _store_codegen(_: Any, address: Any, value: Any) -> Any:
 
 load: Any = intrinsic(_load_codegen)
 store: Any = intrinsic(_store_codegen)
-
-
-@njit(**JIT)
-def multiply(
-    at: Any,
-    stride: Any,
-    nbytes: Any,
-    columns: Any,
-    scales: Any,
-    scale_stride: Any,
-    x: Any,
-    x_stride: Any,
-    rows: Any,
-    part: Any,
-    sums: Any,
-    sums_stride: Any,
-    sums_step: Any,
-) -> None:
-    """Add products of a strip of numbers with rows of float32, times the strip's scales, to sums.
-
-    Addresses rather than arrays: views of arrays are counted, and threads wait for each other's counting.
-
-    Args:
-        at: address of the strip's first row.
-        stride: bytes from row to row.
-        nbytes: of a number: 1 is E4M3, 2 is BF16.
-        columns: of the product, a multiple of :data:`LANES`.
-        scales: address of the first of ``STRIP`` float32, one for each row of numbers.
-        scale_stride: bytes from one to the next; 0 if there is only one.
-        x: address of float32 ``[rows, at least columns]``.
-        x_stride: bytes from row to row.
-        rows: of ``x``.
-        part: address of float32 ``[2 * STRIP]``, overwritten.
-        sums: address of float32 ``[STRIP, rows]``.
-        sums_stride: bytes from row to row of numbers.
-        sums_step: bytes from row to row of ``x``.
-    """
-    for done in range(0, rows, _MOST_ROWS):
-        count, x_at = min(rows - done, _MOST_ROWS), x + done * x_stride
-        height = 8 if count <= 2 else 4 if count <= 4 else 2
-        for row in range(0, STRIP, height):
-            _tile_of(nbytes, count, at + row * stride, stride, x_at, x_stride, columns, part)
-            for i in range(height):
-                scale = load(scales + (row + i) * scale_stride)
-                place = sums + (row + i) * sums_stride + done * sums_step
-                for j in range(count):
-                    product = load(part + (i * count + j) * 4) * scale
-                    store(place + j * sums_step, load(place + j * sums_step) + product)
 
 
 def _mixture(numbers: Format, rows: int) -> Any:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from octavo import fp8
 from octavo.edition import Edition
-from octavo.engines.torch.vectors import E4M3_UNIT, LANES, STRIP
+from octavo.engines.torch import dots
+from octavo.engines.torch.strips import STRIP
+from octavo.engines.torch.vectors import E4M3_UNIT, LANES
 from octavo.errors import OctavoError
 from octavo.linear import Fp8Linear
 from octavo.loading import fp8_skeleton
@@ -49,6 +51,7 @@ LINEAR = np.dtype(
             "place",
             np.int64,
         ),  # which of the rounded inputs is its own: layers with equal scales share one
+        ("halves", np.bool_),  # whether it takes them in BF16
         ("scales", np.int64),  # where its scales begin, one for each row and block of columns
         ("width", np.int64),  # columns of a block
         ("bias", np.int64),  # where it begins, or -1
@@ -251,6 +254,8 @@ class _Loader:
             ):
                 row["inputs"] = STATIC
                 row["input_scale"] = edition.read(f"{name}.input_scale").item()
+        # Scaled group by group, inputs are no BF16 numbers.
+        row["halves"] = dots.AVAILABLE and columns % dots.DEPTH == 0 and row["inputs"] != BY_GROUP
         row["scales"] = sum(map(len, self.scales))
         self.scales.append(scale.contiguous().view(-1).numpy())
         row["bias"] = -1
