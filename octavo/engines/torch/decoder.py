@@ -78,6 +78,7 @@ class CpuDecoder:
             * np.dtype(self._cache_dtype).itemsize
         )
         self._work = Work.new(shape, FEW, threads, BLOCK)
+        self._own = [self._work.own() for _ in range(threads)]
         self._prefill = Prefill(weights, self._team)
 
     def new_cache(self, blocks: int) -> CpuCache:
@@ -96,13 +97,13 @@ class CpuDecoder:
         if count > FEW:
             hidden = self._prefill.forward(tokens, cache, self._work)
         else:
-            team, weights, work = self._team, self._weights, self._work
+            team, weights, works = self._team, self._weights, self._works(count)
             team.run(
                 lambda thread: step.step(
-                    thread, team.size, team.barrier, weights, work, tokens, cache
+                    thread, team.size, team.barrier, weights, works[thread], tokens, cache
                 )
             )
-            hidden = work.hidden
+            hidden = self._work.hidden
         wanted = hidden[batch.wanted.numpy()]
         for row in wanted:
             step.normalize(
@@ -116,9 +117,11 @@ class CpuDecoder:
             return self._prefill.logits(hidden)
         logits = torch.empty(len(hidden), self.vocab_size, dtype=torch.bfloat16)
         rows, out = hidden.view(torch.uint16).numpy(), logits.view(torch.uint16).numpy()
-        team, weights, work = self._team, self._weights, self._work
+        team, weights, works = self._team, self._weights, self._works(len(hidden))
         team.run(
-            lambda thread: step.head(thread, team.size, team.barrier, weights, work, rows, out)
+            lambda thread: step.head(
+                thread, team.size, team.barrier, weights, works[thread], rows, out
+            )
         )
         return logits
 
@@ -132,6 +135,11 @@ class CpuDecoder:
         if longest + BLOCK > room:
             scores = np.zeros((threads, group, 2 * longest + BLOCK), np.float32)
             self._work = self._work._replace(scores=scores)
+            self._own = [own._replace(scores=scores) for own in self._own]
+
+    def _works(self, tokens: int) -> list[Work]:
+        """The memory that each thread works in."""
+        return self._own if tokens == 1 else [self._work] * self._team.size
 
 
 def open_decoder(directory: Path, threads: int | None = None) -> CpuDecoder:

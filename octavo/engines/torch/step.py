@@ -135,6 +135,15 @@ class Work(NamedTuple):
             scores=float32(threads, group, longest),
         )
 
+    def own(self) -> Work:
+        """The same, but for memory of one token's inputs that no other thread reads or writes."""
+        return self._replace(
+            normed=aligned((1, *self.normed.shape[1:]), np.uint16),
+            inputs=aligned((3, 1, *self.inputs.shape[2:]), np.float32),
+            halves=aligned((3, 1, *self.halves.shape[2:]), np.uint16),
+            factors=aligned((3, 1), np.float32),
+        )
+
 
 @njit(**JIT)
 def normalize(x: Any, weight: Any, eps: Any, out: Any) -> None:
@@ -572,12 +581,16 @@ def embed(weights: Any, batch: Any, hidden: Any, first: Any, last: Any) -> None:
 def step(
     thread: Any, threads: Any, barrier: Any, weights: Any, work: Any, batch: Any, cache: Any
 ) -> None:
-    """A thread's share of a batch: from token ids to the last hidden states, in ``work.hidden``."""
+    """A thread's share of a batch: from token ids to the last hidden states, in ``work.hidden``.
+
+    The inputs of a single token each thread makes for itself (:meth:`Work.own`): sooner than one would wait for another's.
+    """
     weights, work, batch, cache = uncounted((weights, work, batch, cache))
     shape, tokens = weights.shape, batch.tokens.shape[0]
     projected = work.projected.reshape(work.projected.shape[0], -1)
     sequences, eps = batch.starts.shape[0] - 1, np.float32(shape.eps)
-    own = range(thread, tokens, threads)
+    alone = tokens == 1
+    own = range(0, 1) if alone else range(thread, tokens, threads)
     if tokens >= _TILED:
         tiles.configure(work.layout.ctypes.data)
     for token in own:
@@ -588,7 +601,8 @@ def step(
             normalize(work.hidden[token], weights.norms[layer, 0], eps, work.normed[token])
             _round_inputs(linears, _Q, _OUT, token, tokens, work.normed[token], work)
         _fetch(linears[_Q], weights, thread, threads)
-        wait(barrier, threads)
+        if not alone:
+            wait(barrier, threads)
         _project(linears, weights, work, tokens, thread, threads, projected)
         wait(barrier, threads)
         for unit in range(thread, sequences * shape.kv_heads, threads):
@@ -602,20 +616,23 @@ def step(
         for token in own:
             _round_inputs(linears, _OUT, _GATE, token, tokens, work.attended[token], work)
         _fetch(linears[_OUT], weights, thread, threads)
-        wait(barrier, threads)
+        if not alone:
+            wait(barrier, threads)
         _add_to_hidden(linears[_OUT], weights, work, tokens, thread, threads)
         wait(barrier, threads)
         for token in own:
             normalize(work.hidden[token], weights.norms[layer, 1], eps, work.normed[token])
             _round_inputs(linears, _GATE, _DOWN, token, tokens, work.normed[token], work)
         _fetch(linears[_GATE], weights, thread, threads)
-        wait(barrier, threads)
+        if not alone:
+            wait(barrier, threads)
         _activate(linears, weights, work, tokens, thread, threads)
         wait(barrier, threads)
         for token in own:
             _round_inputs(linears, _DOWN, _END, token, tokens, work.activated[token], work)
         _fetch(linears[_DOWN], weights, thread, threads)
-        wait(barrier, threads)
+        if not alone:
+            wait(barrier, threads)
         _add_to_hidden(linears[_DOWN], weights, work, tokens, thread, threads)
         wait(barrier, threads)
     if tokens >= _TILED:
@@ -629,9 +646,11 @@ def head(
     """A thread's share of the logits, BF16 ``[tokens, vocab]``, of BF16 hidden states ``[tokens, hidden]``."""
     weights, work, hidden, logits = uncounted((weights, work, hidden, logits))
     tokens = hidden.shape[0]
-    for token in range(thread, tokens, threads):
+    alone = tokens == 1
+    for token in range(0, 1) if alone else range(thread, tokens, threads):
         _round_inputs(weights.head, 0, 1, token, tokens, hidden[token], work)
-    wait(barrier, threads)
+    if not alone:
+        wait(barrier, threads)
     if tokens >= _TILED:
         tiles.configure(work.layout.ctypes.data)
     multiply_rows(weights.head[0], weights, work, tokens, thread, threads, logits, 0)
