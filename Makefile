@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint test-fast test-faults test-real test-cluster test-browser test-lm-eval test-peers test-vllm clean
+.PHONY: demo test lint test-fast test-faults test-real test-cluster test-browser test-lm-eval test-peers test-triton test-vllm clean
 
 demo: .venv/ready
 	@test -d .cache/demo/smollm2-bf16 || $(BIN)/octavo sample-model .cache/demo/smollm2-bf16
@@ -12,7 +12,7 @@ demo: .venv/ready
 	@for edition in bf16 fp8; do echo "$$edition:"; \
 		$(BIN)/octavo generate .cache/demo/smollm2-$$edition "The capital of France is" --max-tokens 24; done
 
-test: lint test-fast test-faults test-real test-cluster test-browser test-lm-eval test-peers test-vllm
+test: lint test-fast test-faults test-real test-cluster test-browser test-lm-eval test-peers test-triton test-vllm
 
 lint: .venv/ready
 	$(BIN)/ruff format --check --quiet .
@@ -21,7 +21,7 @@ lint: .venv/ready
 
 # Unit and property tests on tiny random models, on all cores.
 test-fast: .venv/ready
-	$(BIN)/pytest -n auto --dist worksteal -m "not real_model and not browser and not lm_eval and not peer and not vllm and not cluster and not faults"
+	$(BIN)/pytest -n auto --dist worksteal -m "not real_model and not browser and not lm_eval and not peer and not triton and not vllm and not cluster and not faults"
 
 # Runs that are killed, lose power or may not write, at every kind of point, and resumed.
 test-faults: .venv/ready
@@ -77,6 +77,19 @@ test-peers: .venv/peers/ready
 	.venv/peers/bin/pip install --quiet --disable-pip-version-check --no-deps \
 		--requirement tests/peers/requirements.txt
 	$(PEERS) -c "import quark.torch"
+	@touch $@
+
+# The GPU path's kernels by Triton's interpreter, and compiled for a GPU, which takes none. Triton is of no use to
+# PyTorch's CPU builds, and 200 MB: in an environment on top of the other one.
+test-triton: .venv/triton/ready
+	.venv/triton/bin/python -m pytest -m triton
+
+.venv/triton/ready: .venv/ready
+	$(PYTHON) -m venv .venv/triton
+	cd .venv && echo $$PWD/lib/python*/site-packages > triton/octavo.pth \
+		&& mv triton/octavo.pth triton/lib/python*/site-packages/
+	.venv/triton/bin/pip install --quiet --disable-pip-version-check --no-deps \
+		--constraint constraints.txt triton
 	@touch $@
 
 # vLLM itself, built for CPUs, in an environment of its own like lm-evaluation-harness. Every package is

@@ -6,7 +6,7 @@ the machine allows: decoding one request reads every weight once a token, and th
 prompt multiplies every weight with every token, and the rate of matrix products limits that. Both are measured in the same
 run.
 
-Usage: python -m benchmarks.engine_speed [--vllm PYTHON] [--llama PYTHON] [--like llama-3.2-1b] [--rounds 5]
+Usage: python -m benchmarks.engine_speed [--vllm PYTHON] [--llama PYTHON] [--like llama-3.2-1b] [--rounds 5] [--kind zen4]
 """
 
 from __future__ import annotations
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="Python of one with llama-cpp-python")
     parser.add_argument("--like", help="a known model, for a larger one of its shape")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kind", help="of machine, for results beside those of another")
     options = parser.parse_args()
     scratch = CACHE / "engine_speed"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -312,7 +313,8 @@ def main() -> None:
         }
         if options.like:
             result[options.like] = larger_speed(options, scratch, bytes_)
-        print(f"written to {save('engine_speed', result)}; {machine()['cpu']}")
+        name = "_".join(["engine_speed", *([options.kind] if options.kind else [])])
+        print(f"written to {save(name, result)}; {machine()['cpu']}")
     finally:
         shutil.rmtree(scratch)
 
