@@ -4,7 +4,7 @@ Each engine is a program of its own that keeps its model loaded (``benchmarks/en
 round, on prompts of random tokens that are new each time. Beside the tokens per second stands how near they come to what
 the machine allows: decoding one request reads every weight once a token, and the memory's bandwidth limits that; reading a
 prompt multiplies every weight with every token, and the rate of matrix products limits that. Both are measured in the same
-run.
+run. With ``--like``, only Octavo decodes, a model of another shape with random weights.
 
 Usage: python -m benchmarks.engine_speed [--vllm PYTHON] [--llama PYTHON] [--like llama-3.2-1b] [--rounds 5] [--kind zen4]
 """
@@ -296,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm", type=Path, help="Python of an environment with vLLM")
     parser.add_argument("--llama", type=Path, help="Python of one with llama-cpp-python")
-    parser.add_argument("--like", help="a known model, for a larger one of its shape")
+    parser.add_argument("--like", help="a known model: Octavo alone, on one of its shape")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kind", help="of machine, for results beside those of another")
     options = parser.parse_args()
@@ -309,11 +309,12 @@ def main() -> None:
         result = {
             "memory_gb_per_second": round(bytes_ / 1e9, 1),
             "bf16_products_per_second": round(products / 1e9, 1) * 1e9,
-            "sample_model": sample_speed(options, scratch, bytes_, products),
         }
         if options.like:
             result[options.like] = larger_speed(options, scratch, bytes_)
-        name = "_".join(["engine_speed", *([options.kind] if options.kind else [])])
+        else:
+            result["sample_model"] = sample_speed(options, scratch, bytes_, products)
+        name = "_".join(part for part in ("engine_speed", options.like, options.kind) if part)
         print(f"written to {save(name, result)}; {machine()['cpu']}")
     finally:
         shutil.rmtree(scratch)
