@@ -214,10 +214,10 @@ def test_a_loaded_edition_is_the_fake_quantized_model(
     with torch.inference_mode():
         expected, found = reference(ids).logits, model(ids).logits
         plain = load(source)[0](ids).logits
-    # In float32 the two differ where a value lands on the other side of a tie between two codes.
-    error = (found - expected).norm() / expected.norm()
-    cost = (plain - expected).norm() / expected.norm()
-    assert error < 0.1 * cost, f"{error=} {cost=}"
+    errors, costs = ((one - expected).norm(dim=-1) for one in (found, plain))
+    # Where a value lands on the other side of a tie between two codes, the two differ in that token and those behind it.
+    assert errors.median() < 1e-5 * expected.norm(dim=-1).median()
+    assert (errors < costs).all(), f"{errors=} {costs=}"
 
 
 @pytest.mark.parametrize(
