@@ -210,14 +210,15 @@ def test_a_loaded_edition_is_the_fake_quantized_model(
     reference = fake_quantized(source, load_file(out / "model.safetensors"))
     model, tokenizer = load(out)
     assert tokenizer is None
-    ids = torch.randint(tiny.VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(0))
+    # So many that one value on the other side of a tie between two codes weighs little: it moves the tokens behind it too.
+    ids = torch.randint(tiny.VOCAB_SIZE, (32, 24), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = reference(ids).logits, model(ids).logits
         plain = load(source)[0](ids).logits
-    errors, costs = ((one - expected).norm(dim=-1) for one in (found, plain))
-    # Where a value lands on the other side of a tie between two codes, the two differ in that token and those behind it.
-    assert errors.median() < 1e-5 * expected.norm(dim=-1).median()
-    assert (errors < costs).all(), f"{errors=} {costs=}"
+    error, cost = ((one - expected).norm() / expected.norm() for one in (found, plain))
+    assert error < 0.1 * cost, f"{error=} {cost=}"
+    distances = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert distances.median() < 1e-5
 
 
 @pytest.mark.parametrize(
