@@ -52,7 +52,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def test_metrics_equal_those_of_the_harness_s_own_model(model: Path, tasks: Path) -> None:
-    check_equal_to_hf(model, tasks, "float32")
+    check_equal_to_hf(model, tasks)
 
 
 def instances(kind: Any, *arguments: Any) -> list[Any]:

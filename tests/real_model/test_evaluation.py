@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -101,11 +102,17 @@ def test_a_shared_prefix_is_as_near_to_float32_as_full_prompts(
 
 @pytest.mark.lm_eval
 def test_lm_eval_tasks_equal_its_own_model(sample: Path, tmp_path: Path) -> None:
+    """In float32: in BF16, texts side by side round otherwise than one at a time."""
     pytest.importorskip("lm_eval")
+    model = tmp_path / "float32"
+    auto: Any = AutoModelForCausalLM
+    auto.from_pretrained(sample, dtype=torch.float32).save_pretrained(model)
+    for path in sample.glob("tokenizer*"):
+        shutil.copy(path, model)
     texts = [
         "The capital of France is Paris, and the capital of Italy is",
         "One, two, three, four,",
         "A large sheet of paper that is folded into eight leaves is called",
         "Water boils at one hundred degrees Celsius at sea level.",
     ]
-    check_equal_to_hf(sample, save_tasks(tmp_path / "tasks", texts), "bfloat16")
+    check_equal_to_hf(model, save_tasks(tmp_path / "tasks", texts))
