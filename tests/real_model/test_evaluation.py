@@ -49,7 +49,7 @@ def test_a_shared_prefix_gives_the_answers_of_full_prompts(
     noise = 0.35
     encoder = PromptEncoder(load_tokenizer(sample), engine.max_positions)
     subjects = load_subjects(
-        data / "mmlu", shots=5, limit=24, only=["anatomy", "professional_accounting"]
+        data / "mmlu", shots=5, limit=12, only=["anatomy", "professional_accounting"]
     )
     disagreements = 0
     for subject in subjects:
@@ -77,7 +77,7 @@ def test_a_shared_prefix_gives_the_answers_of_full_prompts(
             differs = shared.argmax(dim=-1) != whole.argmax(dim=-1)
             assert not (differs & (best - second > 2 * noise)).any()
             disagreements += int(differs.sum())
-    assert disagreements <= 5
+    assert disagreements <= 2
 
 
 def test_a_shared_prefix_is_as_near_to_float32_as_full_prompts(

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from golden import E4M3, TOOLS, read, sha256, tensors_of
 from octavo import Calibration, Scheme, quantize
 from octavo.calibration import load_tokens
+from real_model.conftest import Quantized
 from reference import whole
 
 pytestmark = pytest.mark.real_model
@@ -154,13 +153,8 @@ def test_untouched_tensors_are_the_tools(modelopt_edition: Path, golden: Path) -
         assert sha256(ours[name]) == theirs[name]["sha256"], name
 
 
-def test_peak_memory_stays_under_800_mb(sample: Path, golden: Path, tmp_path: Path) -> None:
-    """The program a user runs, with all of the golden tokens."""
-    octavo = Path(sys.executable).with_name("octavo")
-    tokens = golden / "calib_tokens.npy"
-    command = [octavo, "quantize", sample, "-o", tmp_path / "out", "--calib", tokens, "--json"]
-    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    assert json.loads(run.stdout)["peak_memory"] < 800e6
+def test_peak_memory_stays_under_800_mb(quantized: Quantized) -> None:
+    assert quantized.result["peak_memory"] < 800e6
 
 
 def test_weights_alone_need_no_text(sample: Path, tmp_path: Path) -> None:

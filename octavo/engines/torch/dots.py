@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 from llvmlite import binding, ir
-from numba import njit
 from numba.core import cgutils as _untyped
 
-from octavo.bits import JIT
-from octavo.engines.torch.vectors import E4M3_UNIT, LANES, LINE, Product, loaded, tiles, vector
+from octavo.engines.torch.vectors import (
+    E4M3_UNIT,
+    LANES,
+    LINE,
+    Product,
+    absent,
+    loaded,
+    tiles,
+    vector,
+)
 
 cgutils: Any = _untyped
 
@@ -117,14 +124,9 @@ def _add(builder: Any, one: Any, other: Any, total: Any) -> Any:
     return builder.call(dot, [total, one, other])
 
 
-@njit(**JIT)
-def _nothing(*arguments: Any) -> None:
-    """In the place of what this machine does not have, and nobody calls."""
-
-
 # Like those of octavo.engines.torch.vectors, but inputs are BF16.
 e4m3_tile, bf16_tile = (
-    tiles(product) if AVAILABLE else _nothing
+    tiles(product) if AVAILABLE else absent
     for product in (
         Product(DEPTH, 1, 2, _decoded, _two_lines, _add),
         Product(DEPTH // 2, 2, 2, _line, _line, _add),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from octavo.bits import JIT, bits_of, code_of, exp, nearest_e4m3, to_bf16, widen
+from octavo.bits import JIT, code_of, exp, nearest_e4m3, to_bf16, widen
 from octavo.engines.torch import tiles
 from octavo.engines.torch.batch import BLOCK
 from octavo.engines.torch.strips import STRIP, multiply
@@ -198,7 +198,7 @@ def round_input(linear: Any, x: Any, out: Any) -> Any:
 def _halve(x: Any, out: Any) -> None:
     """Float32 that are BF16 numbers, as those."""
     for i in range(x.shape[0]):
-        out[i] = np.uint16(bits_of(x[i]) >> np.uint32(16))
+        out[i] = to_bf16(x[i])
 
 
 @njit(**JIT)
@@ -578,19 +578,31 @@ def embed(weights: Any, batch: Any, hidden: Any, first: Any, last: Any) -> None:
 
 
 @njit(**JIT)
+def _own(tokens: Any, thread: Any, threads: Any) -> Any:
+    """The tokens whose inputs a thread makes.
+
+    Those of a single one each thread makes for itself (:meth:`Work.own`): sooner than one would wait for another's.
+    """
+    return range(0, 1) if tokens == 1 else range(thread, tokens, threads)
+
+
+@njit(**JIT)
+def _wait_for_inputs(tokens: Any, barrier: Any, threads: Any) -> None:
+    """Wait for those that other threads make."""
+    if tokens > 1:
+        wait(barrier, threads)
+
+
+@njit(**JIT)
 def step(
     thread: Any, threads: Any, barrier: Any, weights: Any, work: Any, batch: Any, cache: Any
 ) -> None:
-    """A thread's share of a batch: from token ids to the last hidden states, in ``work.hidden``.
-
-    The inputs of a single token each thread makes for itself (:meth:`Work.own`): sooner than one would wait for another's.
-    """
+    """A thread's share of a batch: from token ids to the last hidden states, in ``work.hidden``."""
     weights, work, batch, cache = uncounted((weights, work, batch, cache))
     shape, tokens = weights.shape, batch.tokens.shape[0]
     projected = work.projected.reshape(work.projected.shape[0], -1)
     sequences, eps = batch.starts.shape[0] - 1, np.float32(shape.eps)
-    alone = tokens == 1
-    own = range(0, 1) if alone else range(thread, tokens, threads)
+    own = _own(tokens, thread, threads)
     if tokens >= _TILED:
         tiles.configure(work.layout.ctypes.data)
     for token in own:
@@ -601,8 +613,7 @@ def step(
             normalize(work.hidden[token], weights.norms[layer, 0], eps, work.normed[token])
             _round_inputs(linears, _Q, _OUT, token, tokens, work.normed[token], work)
         _fetch(linears[_Q], weights, thread, threads)
-        if not alone:
-            wait(barrier, threads)
+        _wait_for_inputs(tokens, barrier, threads)
         _project(linears, weights, work, tokens, thread, threads, projected)
         wait(barrier, threads)
         for unit in range(thread, sequences * shape.kv_heads, threads):
@@ -616,23 +627,20 @@ def step(
         for token in own:
             _round_inputs(linears, _OUT, _GATE, token, tokens, work.attended[token], work)
         _fetch(linears[_OUT], weights, thread, threads)
-        if not alone:
-            wait(barrier, threads)
+        _wait_for_inputs(tokens, barrier, threads)
         _add_to_hidden(linears[_OUT], weights, work, tokens, thread, threads)
         wait(barrier, threads)
         for token in own:
             normalize(work.hidden[token], weights.norms[layer, 1], eps, work.normed[token])
             _round_inputs(linears, _GATE, _DOWN, token, tokens, work.normed[token], work)
         _fetch(linears[_GATE], weights, thread, threads)
-        if not alone:
-            wait(barrier, threads)
+        _wait_for_inputs(tokens, barrier, threads)
         _activate(linears, weights, work, tokens, thread, threads)
         wait(barrier, threads)
         for token in own:
             _round_inputs(linears, _DOWN, _END, token, tokens, work.activated[token], work)
         _fetch(linears[_DOWN], weights, thread, threads)
-        if not alone:
-            wait(barrier, threads)
+        _wait_for_inputs(tokens, barrier, threads)
         _add_to_hidden(linears[_DOWN], weights, work, tokens, thread, threads)
         wait(barrier, threads)
     if tokens >= _TILED:
@@ -646,11 +654,9 @@ def head(
     """A thread's share of the logits, BF16 ``[tokens, vocab]``, of BF16 hidden states ``[tokens, hidden]``."""
     weights, work, hidden, logits = uncounted((weights, work, hidden, logits))
     tokens = hidden.shape[0]
-    alone = tokens == 1
-    for token in range(0, 1) if alone else range(thread, tokens, threads):
+    for token in _own(tokens, thread, threads):
         _round_inputs(weights.head, 0, 1, token, tokens, hidden[token], work)
-    if not alone:
-        wait(barrier, threads)
+    _wait_for_inputs(tokens, barrier, threads)
     if tokens >= _TILED:
         tiles.configure(work.layout.ctypes.data)
     multiply_rows(weights.head[0], weights, work, tokens, thread, threads, logits, 0)

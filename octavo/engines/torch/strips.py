@@ -8,11 +8,11 @@ from numba import njit
 
 from octavo.bits import JIT
 from octavo.engines.torch import dots, vectors
-from octavo.engines.torch.vectors import load, store
+from octavo.engines.torch.vectors import HEIGHTS, load, store
 
 # Rows of numbers that are multiplied at a time.
 STRIP = 8
-_MOST_ROWS = max(vectors.HEIGHTS)
+_MOST_ROWS = len(HEIGHTS) - 1
 
 
 @njit(**JIT)
@@ -55,7 +55,7 @@ def multiply(
     """
     for done in range(0, rows, _MOST_ROWS):
         count, x_at = min(rows - done, _MOST_ROWS), x + done * x_stride
-        height = 8 if count <= 2 else 4 if count <= 4 else 2
+        height = HEIGHTS[count]
         for row in range(0, STRIP, height):
             begin = at + row * stride
             if x_nbytes == 2:

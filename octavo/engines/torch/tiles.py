@@ -17,8 +17,8 @@ from numba import njit, types
 from numba.core import cgutils as _untyped
 from numba.extending import intrinsic
 
-from octavo.bits import JIT, bits_of
-from octavo.engines.torch.vectors import LINE, fetch
+from octavo.bits import JIT, to_bf16
+from octavo.engines.torch.vectors import LINE, absent, fetch, loaded
 
 cgutils: Any = _untyped
 
@@ -151,10 +151,9 @@ def _decode_codegen(_: Any, at: Any, count: Any, out: Any) -> Any:
         begin = builder.add(at, index)
         fetch(builder, builder.add(begin, count))
         for part in range(0, LINE, _LANES):
-            place = builder.inttoptr(
-                builder.add(begin, _LONG(part)), ir.PointerType(ir.VectorType(_BYTE, _LANES))
-            )
-            numbers = _bf16_of(builder, builder.load(place, align=1))
+            place = builder.add(begin, _LONG(part))
+            codes = loaded(builder, place, ir.VectorType(_BYTE, _LANES))
+            numbers = _bf16_of(builder, codes)
             target = builder.add(out, builder.mul(builder.add(index, _LONG(part)), _LONG(2)))
             builder.store(numbers, builder.inttoptr(target, ir.PointerType(numbers.type)), align=2)
         following = builder.add(index, _LONG(LINE))
@@ -191,13 +190,8 @@ def _bf16_of(builder: Any, codes: Any) -> Any:
     return builder.or_(number, builder.shl(builder.and_(wide, constant(0x80)), constant(8)))
 
 
-@njit(**JIT)
-def _nothing(*arguments: Any) -> None:
-    """In the place of what this machine does not have, and nobody calls."""
-
-
 configure, release, product, decode = (
-    intrinsic(codegen) if AVAILABLE else _nothing
+    intrinsic(codegen) if AVAILABLE else absent
     for codegen in (_configure_codegen, _release_codegen, _product_codegen, _decode_codegen)
 )
 
@@ -215,4 +209,4 @@ def configuration() -> np.ndarray[Any, np.dtype[np.uint8]]:
 def pair(x: Any, token: Any, out: Any) -> None:
     """Put a token's inputs, float32 that are BF16 numbers, into their column: BF16 ``[channels / 2, 16, 2]``."""
     for i in range(x.shape[0]):
-        out[i // 2, token, i % 2] = np.uint16(bits_of(x[i]) >> np.uint32(16))
+        out[i // 2, token, i % 2] = to_bf16(x[i])

@@ -31,8 +31,8 @@ LINE = 64
 _AHEAD = 8192
 # A decoded E4M3 number times this is the number.
 E4M3_UNIT = 256.0
-# By how many rows of inputs there are in a tile: its rows of numbers.
-HEIGHTS = {1: 8, 2: 8, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2}
+# By how many rows of inputs there are in a tile, from none on: its rows of numbers.
+HEIGHTS = (0, 8, 8, 4, 4, 2, 2, 2, 2)
 
 _BYTE, _HALF_WORD, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
@@ -185,7 +185,7 @@ def tiles(product: Product) -> Any:
         rows, *rest = arguments
         end = builder.append_basic_block("end")
         choice = builder.switch(rows, end)
-        for count in HEIGHTS:
+        for count in range(1, len(HEIGHTS)):
             block = builder.append_basic_block(f"rows.{count}")
             choice.add_case(_LONG(count), block)
             builder.position_at_end(block)
@@ -200,6 +200,11 @@ def tiles(product: Product) -> Any:
         return types.void(*[types.int64] * 7), codegen
 
     return intrinsic(tile)
+
+
+@njit(**JIT)
+def absent(*arguments: Any) -> None:
+    """In the place of what this machine does not have, and nobody calls."""
 
 
 e4m3_tile, bf16_tile = tiles(_with_float32(E4M3)), tiles(_with_float32(_BF16))
@@ -251,8 +256,6 @@ def _mixture(numbers: Format, rows: int) -> Any:
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         at, stride, count, shares, shares_stride, out, out_stride = arguments
-        kind = ir.FunctionType(vector(_FLOAT), [vector(_FLOAT)] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
 
         def pointer(base: Any, offset: Any, element: ir.Type) -> Any:
             return builder.inttoptr(builder.add(base, offset), ir.PointerType(element))
@@ -268,8 +271,8 @@ def _mixture(numbers: Format, rows: int) -> Any:
         builder.position_at_end(body)
         index = builder.phi(_LONG)
         sums = [builder.phi(vector(_FLOAT)) for _ in places]
-        stored = pointer(at, builder.mul(stride, index), vector(numbers.element))
-        value = numbers.decode(builder, builder.load(stored, align=1))
+        stored = builder.add(at, builder.mul(stride, index))
+        value = numbers.decode(builder, loaded(builder, stored, vector(numbers.element)))
         added = []
         for row, total in enumerate(sums):
             offset = builder.add(
@@ -278,7 +281,7 @@ def _mixture(numbers: Format, rows: int) -> Any:
             share = builder.load(pointer(shares, offset, _FLOAT), align=4)
             first = builder.insert_element(ir.Constant(vector(_FLOAT), None), share, _WORD(0))
             everywhere = builder.shuffle_vector(first, first, _splat(_WORD, 0))
-            added.append(builder.call(fma, [value, everywhere, total]))
+            added.append(_fma(builder, value, everywhere, total))
         following = builder.add(index, _LONG(1))
         index.add_incoming(_LONG(0), entry)
         index.add_incoming(following, body)
@@ -381,10 +384,8 @@ def _to_bf16_codegen(_: Any, at: Any, count: Any, out: Any) -> Any:
 
         builder.position_at_end(body)
         index = builder.phi(_LONG)
-        place = builder.inttoptr(builder.add(at, index), ir.PointerType(vector(_BYTE)))
-        number = builder.fmul(
-            _decode_e4m3(builder, builder.load(place, align=1)), _splat(_FLOAT, E4M3_UNIT)
-        )
+        codes = loaded(builder, builder.add(at, index), vector(_BYTE))
+        number = builder.fmul(_decode_e4m3(builder, codes), _splat(_FLOAT, E4M3_UNIT))
         # Exact: an E4M3 number has fewer bits than a BF16 one.
         upper = builder.lshr(builder.bitcast(number, vector(_WORD)), _splat(_WORD, 16))
         target = builder.add(out, builder.mul(index, _LONG(2)))
