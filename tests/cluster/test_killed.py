@@ -52,7 +52,8 @@ def test_workers_killed_while_they_read_calibrate_and_write(
     watch.arrange(
         Fault(1, "preadv", "model", 12, "kill"),  # its second layer
         Fault(0, "pwritev", "hidden-0", BATCHES + 7, "kill"),  # in its second pass
-        Fault(1, "pwritev", "edition", 40, "kill"),  # its second layer
+        # Its third layer: only the pass that comes next waits until a pass is in the journal.
+        Fault(1, "pwritev", "edition", 70, "kill"),
     )
     spread(watch.target)
     assert contents(watch.target) == alone()
