@@ -4,7 +4,8 @@ Editions of one model are made with codes to nearest and by GPTQ, in variants th
 calibration texts, and each is scored on two texts that none was calibrated on: KL from the BF16 model and
 perplexity. Variants that the tool does not offer are made by putting something else in the place of a function.
 
-Usage: python -m benchmarks.rounding WIKI.test.raw WIKI.valid.tokens [--windows 16] [--only NAME …]
+Usage: python -m benchmarks.rounding WIKI.test.raw WIKI.valid.tokens [--model smollm2|qwen2.5-coder-1.5b]
+                                     [--windows 16] [--only NAME …]
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import CACHE, RESULTS, sample_model, save
+from benchmarks.qwen import qwen_model
 from octavo import Calibration, quantize
 from octavo.allocator import keep_freed_memory
 from octavo.calibration import stream
@@ -38,6 +40,7 @@ class Variant(NamedTuple):
     Attributes:
         name: in the table.
         rounding: of the scheme.
+        scales: of the scheme.
         samples: of calibration, of 512 tokens.
         on_wikitext: calibrate on WikiText-2's validation text instead of the built-in one.
         change: what else is different.
@@ -45,6 +48,7 @@ class Variant(NamedTuple):
 
     name: str
     rounding: str = "gptq"
+    scales: str = "amax"
     samples: int = 128
     on_wikitext: bool = False
     change: Callable[[], Any] | None = None
@@ -73,12 +77,17 @@ def moment_tokens(count: int) -> Iterator[None]:
         yield
 
 
+MODELS = {"smollm2": sample_model, "qwen2.5-coder-1.5b": qwen_model}
+
 VARIANTS = [
     Variant("nearest", "nearest"),
     Variant("gptq"),
     Variant("nearest, on WikiText-2", "nearest", on_wikitext=True),
     Variant("gptq, on WikiText-2", on_wikitext=True),
+    Variant("nearest, 32 samples", "nearest", samples=32, on_wikitext=True),
     Variant("gptq, 32 samples", samples=32, on_wikitext=True),
+    Variant("gptq, scales by MSE, 32 samples", "gptq", "mse", 32, on_wikitext=True),
+    Variant("learned, scales by MSE, 32 samples", "learned", "mse", 32, on_wikitext=True),
     Variant("gptq, columns as stored", on_wikitext=True, change=order_of_columns),
     Variant(
         "gptq, moments of 65,536 tokens", on_wikitext=True, change=partial(moment_tokens, 65536)
@@ -102,7 +111,7 @@ def measure(
             quantize(
                 model,
                 out,
-                scheme=scheme_called("fp8", rounding=variant.rounding),
+                scheme=scheme_called("fp8", rounding=variant.rounding, scales=variant.scales),
                 calibration=Calibration(source=source, samples=variant.samples),
             )
         result: dict[str, Any] = {"seconds": time.perf_counter() - begin}
@@ -122,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("test", type=Path, help="WikiText-2's test text")
     parser.add_argument("valid", type=Path, help="WikiText-2's validation text")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--only", nargs="+", default=[one.name for one in VARIANTS])
     options = parser.parse_args()
@@ -130,14 +140,15 @@ def main() -> None:
     wikitext = CACHE / "wikitext-2-valid.txt"
     wikitext.write_text(options.valid.read_text())
     texts = {"wikitext-2 test": str(options.test), "builtin": "builtin"}
-    path = RESULTS / "rounding.json"
+    result = "rounding" if options.model == "smollm2" else f"rounding_{options.model}"
+    path = RESULTS / f"{result}.json"
     variants: dict[str, Any] = json.loads(path.read_text())["variants"] if path.exists() else {}
     for variant in [one for one in VARIANTS if one.name in options.only]:
-        found = measure(variant, sample_model(), wikitext, texts, options.windows)
+        found = measure(variant, MODELS[options.model](), wikitext, texts, options.windows)
         variants[variant.name] = found
         kls = ", ".join(f"{name}: KL {found[name]['kl']:.5f}" for name in texts)
         print(f"{variant.name}: {found['seconds']:.0f} s, {kls}", flush=True)
-        save("rounding", {"windows": options.windows, "variants": variants})
+        save(result, {"windows": options.windows, "variants": variants})
 
 
 if __name__ == "__main__":

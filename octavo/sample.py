@@ -73,14 +73,19 @@ def _cached() -> Path:
     if not cached.is_dir():
         staging = cached.parent / f".{cached.name}.partial-{os.getpid()}"
         try:
-            _dequantize(Path(package.submodule_search_locations[0]), staging)
+            dequantize(Path(package.submodule_search_locations[0]) / _GGUF, staging)
             staging.rename(cached)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return cached
 
 
-def _dequantize(package: Path, target: Path) -> None:
+def dequantize(gguf: Path, target: Path) -> None:
+    """Write a GGUF file as a BF16 Hugging Face checkpoint, with its tokenizer.
+
+    Raises:
+        OctavoError: the ``demo`` extra is not installed.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -88,12 +93,12 @@ def _dequantize(package: Path, target: Path) -> None:
         # Both loaders draw progress bars of their own.
         with contextlib.redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
-                package,
-                gguf_file=_GGUF,
+                gguf.parent,
+                gguf_file=gguf.name,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
             )
-            tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ImportError as error:
         raise OctavoError(
             f"The sample model's GGUF reader is incomplete: {error}. "

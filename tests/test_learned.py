@@ -105,7 +105,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((read, found))
         return found
 
-    monkeypatch.setattr("octavo.stage.reconstruct", spy)
+    monkeypatch.setattr("octavo.in_turn.reconstruct", spy)
     return calls
 
 
