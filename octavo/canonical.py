@@ -5,13 +5,14 @@ Names and shapes are those of :mod:`octavo.formats.dialect`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from octavo import fp8
+from octavo.alignment import power_of_two
 from octavo.errors import not_finite
 from octavo.rounding.gptq import Feedback, round_weight
 from octavo.scheme import BLOCK, FUSED_GROUPS, Granularity, Scheme
@@ -163,16 +164,29 @@ def inputs(plan: LayerPlan) -> list[list[str]]:
 
 
 def cache_scales(
-    plan: LayerPlan, activations: Mapping[str, Tensor], scheme: Scheme
+    plan: LayerPlan,
+    activations: Mapping[str, Tensor],
+    scheme: Scheme,
+    aligned: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The canonical scales of a layer's KV cache, from amax of ``<block>.k`` and ``<block>.v``."""
+    """The canonical scales of a layer's KV cache.
+
+    Args:
+        plan: the layer.
+        activations: amax of ``<block>.k`` and ``<block>.v``.
+        scheme: whether there is an FP8 cache.
+        aligned: attention blocks whose keys were moved onto its numbers (:mod:`octavo.alignment`).
+    """
     if scheme.kv_cache == "none":
         return {}
-    return {
+    scales = {
         f"{block}.{kind}_scale": fp8.scale_from_amax(activations[f"{block}.{kind}"])
         for block in plan.attention
         for kind in ("k", "v")
     }
+    for name in (f"{block}.k_scale" for block in plan.attention if block in aligned):
+        scales[name] = power_of_two(scales[name])
+    return scales
 
 
 def finite_amax(name: str, tensor: Tensor, over: fp8.Map = map) -> Tensor:

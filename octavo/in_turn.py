@@ -4,7 +4,7 @@ input together and in the order they are computed in. Each sees its inputs as th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,6 +34,7 @@ class LayerInTurn:
         index: int,
         tensors: dict[str, Tensor],
         maxima: Mapping[str, Tensor],
+        aligned: Collection[str],
         *,
         stream: CalibrationStream,
         place: int,
@@ -49,6 +50,7 @@ class LayerInTurn:
             index: of the layer.
             tensors: the layer's, as stored in the checkpoint.
             maxima: amax of each of them.
+            aligned: attention blocks whose keys were moved onto the cache's numbers.
             stream: carries the calibration samples.
             place: number of the pass in it.
             free_place: waits until what lies behind the pass may be overwritten.
@@ -57,7 +59,7 @@ class LayerInTurn:
             clock: takes times.
             before_unit: called before each group of tensors that is quantized.
         """
-        self._job, self._index, self._tensors = job, index, tensors
+        self._job, self._index, self._tensors, self._aligned = job, index, tensors, aligned
         self._stream, self._place, self._free_place = stream, place, free_place
         self._put, self._casts, self._clock, self._before_unit = put, casts, clock, before_unit
         self._plan = job.plans[index]
@@ -116,7 +118,7 @@ class LayerInTurn:
         # Before there are others.
         del feedback
         if cached:
-            scales = canonical.cache_scales(self._plan, self._activations, scheme)
+            scales = canonical.cache_scales(self._plan, self._activations, scheme, self._aligned)
             for block, fp8_cache in fp8_caches(attention, scales).items():
                 self._job.decoder.replace(self._index, f"{block}.kv_cache", fp8_cache)
             self._put(scales)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo import canonical
+from octavo.alignment import align_keys
 from octavo.calibration import (
     COUNTS_BYTES,
     Calibration,
@@ -69,6 +70,21 @@ class Job(NamedTuple):
     def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Canonical tensors to the dialect's."""
         return self.dialect.encode(tensors, self.target)
+
+    def align_keys(self, index: int, tensors: dict[str, Tensor]) -> list[str]:
+        """Move the keys of a layer onto the numbers of an FP8 cache, in place (:mod:`octavo.alignment`).
+
+        Args:
+            index: the layer.
+            tensors: its tensors, at least.
+
+        Returns:
+            The attention blocks where there was something to move.
+        """
+        if self.scheme.kv_cache == "none":
+            return []
+        blocks = self.decoder.attention_blocks(index)
+        return [name for name, block in blocks if align_keys(tensors, name, block.head_dim)]
 
     def outside(self) -> list[str]:
         """Names of tensors that belong to no decoder layer."""

@@ -375,19 +375,23 @@ class _Statistics(NamedTuple):
     Attributes:
         amax: of weights, and what the scales of inputs, keys and values are taken from, by name.
         errors: what rounding did to each linear layer's weight.
+        aligned: attention blocks whose keys were moved onto the cache's numbers.
     """
 
     amax: dict[str, float]
     errors: dict[str, Any]
+    aligned: list[str]
 
 
 def _statistics(plans: Sequence[LayerPlan], records: Sequence[Mapping[str, Any]]) -> _Statistics:
     """Those of a journal, in the order of the layers."""
     amax: dict[str, float] = {}
     errors: dict[str, Any] = {}
+    aligned: set[str] = set()
     for record in records:
         amax |= record.get("amax", {})
         errors |= record.get("errors", {})
+        aligned.update(record.get("aligned_keys", []))
     names = [
         name
         for plan in plans
@@ -401,6 +405,7 @@ def _statistics(plans: Sequence[LayerPlan], records: Sequence[Mapping[str, Any]]
     return _Statistics(
         {name: amax[name] for name in names if name in amax},
         {module: errors[module] for module in linears},
+        [block for plan in plans for block in plan.attention if block in aligned],
     )
 
 
@@ -430,6 +435,7 @@ def _record(
         },
         "amax": found.amax,
         "weights": found.errors,
+        "aligned_keys": found.aligned,
     }
 
 

@@ -8,7 +8,7 @@ finds there it does not do again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -87,9 +87,10 @@ class Stage(NamedTuple):
                 on_layer(index)
             for number in todo:
                 tensors = next(loaded)
+                aligned = [b for i in self.passes[number] for b in self.job.align_keys(i, tensors)]
                 weights = self._measure(tensors, casts)
                 if in_turn:
-                    self._quantize_in_turn(number, tensors, weights, lane, casts, on_batch)
+                    self._quantize_in_turn(number, tensors, weights, aligned, lane, casts, on_batch)
                     lane.settle(partial(on_layer, self.passes[number][0]))
                     del tensors
                     continue
@@ -99,7 +100,7 @@ class Stage(NamedTuple):
                     activations = _calibrated(self.journal, number)
                 for index in self.passes[number]:
                     if index not in written:
-                        self._quantize(index, tensors, weights, activations, lane, casts)
+                        self._quantize(index, tensors, weights, activations, aligned, lane, casts)
                         lane.settle(partial(on_layer, index))
                 del tensors
             with self.clock("wait for disk"):
@@ -215,6 +216,7 @@ class Stage(NamedTuple):
         tensors: Mapping[str, Tensor],
         maxima: Mapping[str, Tensor],
         activations: Mapping[str, Tensor],
+        aligned: Collection[str],
         lane: Lane,
         casts: ThreadPoolExecutor,
     ) -> None:
@@ -229,14 +231,15 @@ class Stage(NamedTuple):
                     unit, tensors, amax, activations, scheme, casts.map
                 )
             output.put(folded, noise)
-        output.put(canonical.cache_scales(plan, activations, scheme))
-        output.finish(index, maxima)
+        output.put(canonical.cache_scales(plan, activations, scheme, aligned))
+        output.finish(index, maxima, aligned)
 
     def _quantize_in_turn(
         self,
         number: int,
         tensors: dict[str, Tensor],
         maxima: Mapping[str, Tensor],
+        aligned: Collection[str],
         lane: Lane,
         casts: ThreadPoolExecutor,
         on_batch: Callable[[int], None],
@@ -250,6 +253,7 @@ class Stage(NamedTuple):
             index,
             tensors,
             maxima,
+            aligned,
             stream=self.stream,
             place=number,
             free_place=partial(self._wait_for_place, lane),
@@ -260,7 +264,7 @@ class Stage(NamedTuple):
         )
         activations = layer.quantize()
         # Before the pass, which a run that finds the layer unfinished has to do again.
-        output.finish(index, maxima)
+        output.finish(index, maxima, aligned)
         self._move_on(number, activations, lane, on_batch)
         self.job.decoder.unload(index)
 
@@ -303,17 +307,19 @@ class _Output:
 
         self._lane.write(write)
 
-    def finish(self, index: int, maxima: Mapping[str, Tensor]) -> None:
+    def finish(self, index: int, maxima: Mapping[str, Tensor], aligned: Collection[str]) -> None:
         """Have layer ``index`` journaled, once it is on the disk."""
-        stage = self._stage
-        weights = _values({name: maxima[name] for name in stage.job.plans[index].tensors})
+        stage, plan = self._stage, self._stage.job.plans[index]
+        found = {
+            "amax": _values({name: maxima[name] for name in plan.tensors}),
+            "errors": self._errors,
+            "aligned_keys": [block for block in plan.attention if block in aligned],
+        }
 
         def settle() -> None:
             stage.writer.sync()
             digests = {name: stage.writer.digests[name] for name in self._names}
-            stage.journal.append(
-                {"layer": index, "amax": weights, "errors": self._errors, "tensors": digests}
-            )
+            stage.journal.append({"layer": index, **found, "tensors": digests})
 
         with stage.clock("wait for disk"):
             self._lane.finish(settle)

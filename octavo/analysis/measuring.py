@@ -7,7 +7,7 @@ begin. Those of layers before go through it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -187,13 +187,14 @@ class _Layers:
         tensors = {
             name: checkpoint.read(name).to(device) for name in self._job.plans[index].tensors
         }
+        aligned = self._job.align_keys(index, tensors)
         weights = {
             name: canonical.finite_amax(name, tensor, self._casts.map)
             for name, tensor in tensors.items()
         }
         activations = self._calibrate(index, tensors)
         self._decoder.load(index, tensors)
-        quantized = self._quantize(index, tensors, weights, activations)
+        quantized = self._quantize(index, tensors, weights, activations, aligned)
         del tensors
         self._begin(index, quantized)
         self._advance(index, quantized, activations)
@@ -215,6 +216,7 @@ class _Layers:
         tensors: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         activations: Mapping[str, Tensor],
+        aligned: Collection[str],
     ) -> _Quantized:
         plan = self._job.plans[index]
         names = [f"{module}.weight" for module in plan.linears]
@@ -227,7 +229,7 @@ class _Layers:
             self._casts.map,
         )
         self.weights |= errors
-        scales = canonical.cache_scales(plan, activations, self._scheme)
+        scales = canonical.cache_scales(plan, activations, self._scheme, aligned)
         return _Quantized(
             fp8_linears(self._decoder.linears(index), folded),
             fp8_caches(plan.attention, scales) if scales else {},

@@ -21,6 +21,7 @@ class Outline:
         linears: linear layers of decoder layers, by module name.
         outer_linears: those outside (``lm_head``), which keep their dtype as a rule.
         attention: attention blocks, by module name.
+        head_dim: channels of their heads.
         tied: tensors that are another one's and need not be stored, with the other one's name.
     """
 
@@ -28,6 +29,7 @@ class Outline:
     linears: tuple[str, ...]
     outer_linears: tuple[str, ...]
     attention: tuple[str, ...]
+    head_dim: int
     tied: Mapping[str, str]
 
 
@@ -41,6 +43,7 @@ def outline(edition: Edition) -> Outline:
     modules = dict(model.named_modules())
     linears = decoder_linears(model)
     embedding = next(name for name in modules if modules[name] is model.get_input_embeddings())
+    attention = tuple(attention_blocks(model))
     return Outline(
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         linears=tuple(linears),
@@ -49,6 +52,7 @@ def outline(edition: Edition) -> Outline:
             for name, module in modules.items()
             if isinstance(module, nn.Linear) and name not in linears
         ),
-        attention=tuple(attention_blocks(model)),
+        attention=attention,
+        head_dim=next((int(modules[name].head_dim) for name in attention), 0),
         tied={"lm_head.weight": f"{embedding}.weight"} if config.tie_word_embeddings else {},
     )

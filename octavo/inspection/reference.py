@@ -15,6 +15,7 @@ from octavo import fp8
 from octavo.edition import Edition
 from octavo.errors import OctavoError
 from octavo.inspection.findings import Check, Fault, Finding, Severity, run_checks
+from octavo.inspection.originals import Originals
 from octavo.inspection.outline import Outline, outline
 from octavo.inspection.strips import strips
 from octavo.inspection.survey import OnProgress, granularity_of, in_parallel, silent
@@ -137,9 +138,10 @@ def compare(
         and edition[name].shape == reference[other].shape
         and _is_known(edition, name)
     }
+    originals = Originals(edition, reference, model, pairs.keys())
     sizes = (edition[name].nbytes + reference[other].nbytes for name, other in pairs.items())
     found = in_parallel(
-        lambda name: _difference(edition, name, reference, pairs[name]), pairs, sizes, on_progress
+        lambda name: _difference(edition, name, originals, pairs[name]), pairs, sizes, on_progress
     )
     differences = dict(zip(pairs, found, strict=True))
     weights = {f"{module}.weight": module for module in edition.quantized_modules()}
@@ -173,11 +175,11 @@ def _is_known(edition: Edition, name: str) -> bool:
     return not edition.is_quantized(module) or granularity_of(edition, module) is not None
 
 
-def _difference(edition: Edition, name: str, reference: Edition, other: str) -> _Difference:
+def _difference(edition: Edition, name: str, originals: Originals, other: str) -> _Difference:
     module = name.removesuffix(".weight")
-    pairs = zip(strips(edition, name), strips(reference, other), strict=True)
+    pairs = zip(strips(edition, name), originals.strips(other), strict=True)
     if not edition.is_quantized(module):
-        same = edition[name].dtype == reference[other].dtype
+        same = edition[name].dtype == originals.reference[other].dtype
         return _Difference(0.0, 0.0, same and all(_equal(one, two) for (_, one), (_, two) in pairs))
     scale = edition.read_unchecked(f"{module}.weight_scale")
     signal = noise = 0.0

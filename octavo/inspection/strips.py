@@ -30,9 +30,20 @@ def strips(edition: Edition, name: str) -> Iterator[tuple[int, Tensor]]:
     if not math.prod(info.shape):
         yield 0, torch.empty(info.shape, dtype=info.dtype)
         return
-    step = max(_STRIP_ELEMENTS // math.prod(info.shape[1:]) // BLOCK, 1) * BLOCK
+    step = _rows(info.shape)
     for first in range(0, info.shape[0], step):
         yield first, _read_rows(edition, name, first, min(first + step, info.shape[0]))
+
+
+def strips_of(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The same strips of a tensor in memory that has rows and elements."""
+    step = _rows(tuple(tensor.shape))
+    for first in range(0, len(tensor), step):
+        yield first, tensor[first : first + step]
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return max(_STRIP_ELEMENTS // math.prod(shape[1:]) // BLOCK, 1) * BLOCK
 
 
 def _read_rows(edition: Edition, name: str, first: int, last: int) -> Tensor:

@@ -1,0 +1,64 @@
+"""The checkpoint that an edition was made from, as it was before it was rounded: with its keys aligned where the
+edition's are (:mod:`octavo.alignment`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+
+import torch
+from torch import Tensor
+
+from octavo.alignment import align_keys
+from octavo.edition import Edition
+from octavo.inspection.outline import Outline
+from octavo.inspection.strips import strips, strips_of
+
+_ALIGNED = tuple(f"{name}_proj.{kind}" for name in "qk" for kind in ("weight", "bias"))
+
+
+class Originals:
+    """Tensors to compare an edition's with.
+
+    Attributes:
+        reference: where they come from.
+    """
+
+    def __init__(
+        self, edition: Edition, reference: Edition, model: Outline, names: Set[str]
+    ) -> None:
+        """
+        Args:
+            edition: the edition.
+            reference: the checkpoint.
+            model: what both should have.
+            names: tensors that both have, in the same shape.
+        """
+        self.reference, self._head_dim = reference, model.head_dim
+        # Which keys were aligned shows in their biases.
+        self._blocks = {
+            f"{block}.{name}": block
+            for block in model.attention
+            if names >= {name for name in reference if name.startswith(f"{block}.")}
+            and (bias := f"{block}.k_proj.bias") in names
+            and _differ(edition, reference, bias)
+            for name in _ALIGNED
+        }
+
+    def strips(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """As :func:`octavo.inspection.strips.strips` has it."""
+        if name not in self._blocks:
+            return strips(self.reference, name)
+        return strips_of(self._aligned(self._blocks[name])[name])
+
+    def _aligned(self, block: str) -> dict[str, Tensor]:
+        layer = block.rpartition(".")[0]
+        names = [
+            name for name in self.reference if name.startswith((f"{block}.", f"{layer}.input"))
+        ]
+        tensors = {name: self.reference.read(name) for name in names}
+        align_keys(tensors, block, self._head_dim)
+        return tensors
+
+
+def _differ(edition: Edition, reference: Edition, name: str) -> bool:
+    return not torch.equal(edition.read(name).float(), reference.read(name).float())
