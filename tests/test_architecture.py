@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "fused": {"fp8", "kernels"},
     "formats": {"errors", "scheme"},
     "rounding": {"errors", "fp8", "kernels", "scheme"},
-    "canonical": {"errors", "fp8", "rounding", "scheme"},
+    "alignment": set(),
+    "canonical": {"errors", "alignment", "fp8", "rounding", "scheme"},
     "bits": set(),
     "kernels": {"bits"},
     "calibration": {
@@ -41,21 +42,19 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {"errors", "calibration", "units"},
     "resumption": {"errors", "checkpoint", "version"},
     "job": {
-        *("errors", "calibration", "canonical", "checkpoint", "decoder", "edition", "formats"),
-        *("memory", "preflight", "scheme", "transfer"),
+        *("errors", "alignment", "calibration", "canonical", "checkpoint", "decoder", "edition"),
+        *("formats", "memory", "preflight", "scheme", "transfer"),
     },
     "reconstruction": {"attention", "calibration", "fp8", "linear", "rounding"},
+    "lane": set(),
+    "read_ahead": {"checkpoint"},
+    "in_turn": {
+        *("calibration", "canonical", "fp8", "job", "loading", "reconstruction", "rounding"),
+        "stopwatch",
+    },
     "stage": {
-        *(
-            "calibration",
-            "canonical",
-            "checkpoint",
-            "decoder",
-            "job",
-            "loading",
-            "memory",
-        ),
-        *("fp8", "reconstruction", "rounding", "stopwatch", "transfer"),
+        *("calibration", "canonical", "checkpoint", "in_turn", "job", "lane", "memory"),
+        *("read_ahead", "stopwatch", "transfer"),
     },
     "cluster": {
         *("errors", "allocator", "calibration", "checkpoint", "job", "memory", "preflight"),
@@ -128,6 +127,7 @@ ALLOWED: dict[str, set[str]] = {
     "reporting": {"errors", "checkpoint", "scheme", "servers", "units", "version"},
     "inspection": {
         "errors",
+        "alignment",
         "canonical",
         "checkpoint",
         "consistency",
