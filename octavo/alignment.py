@@ -1,9 +1,9 @@
 """Keys moved onto the numbers of an FP8 cache, without a change to what the model computes.
 
-Some models (Qwen2 and Qwen2.5 above all) give their keys biases a hundred times larger than what varies in them, in the
+Some models (of the Qwen2 architecture: Qwen2.5-Coder) give their keys biases a hundred times larger than what varies in them, in the
 pairs of channels that rotary embedding hardly turns. E4M3 keeps four significant bits: around 450 its numbers are 32
 apart, and keys that differ by 2 are rounded to one number or the next by chance, which attention scores then differ
-by. With Qwen2.5-Coder-1.5B that costs half the perplexity again.
+by. Qwen2.5-Coder-1.5B's perplexity becomes 1.7 times what it was (``docs/benchmarks/``).
 
 Rotary embedding turns each pair of channels as a complex number. So a pair of the keys may be multiplied by any complex
 number t, if the same pair of the queries that meet it is divided by t's conjugate: every score stays what it was (up to
@@ -21,8 +21,8 @@ from collections.abc import MutableMapping
 import torch
 from torch import Tensor
 
-# A bias is moved if it is so many standard deviations of what varies, estimated from the weights: from there on the
-# numbers around it are farther apart than that deviation.
+# A bias is moved if it is so many standard deviations of what varies, estimated from the weights: E4M3's numbers are a
+# sixteenth to an eighth of it apart, so from there on about as far as keys are.
 _RATIO = 8.0
 
 # Of E4M3, with the leading one.
