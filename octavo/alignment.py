@@ -87,7 +87,8 @@ def _far(weight: Tensor, bias: Tensor, norm: Tensor) -> Tensor:
     squares = bias.float().square()
     spread = (weight.float() * norm.float()).square_().sum(dim=1)
     size, varied = (real + imaginary for real, imaginary in (squares.chunk(2), spread.chunk(2)))
-    return (size > _RATIO**2 * varied).nonzero().squeeze(1)
+    # What is not finite is told of by whoever measures the tensors.
+    return ((size > _RATIO**2 * varied) & size.isfinite()).nonzero().squeeze(1)
 
 
 def _rounded(length: Tensor) -> Tensor:
