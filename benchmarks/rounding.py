@@ -92,11 +92,17 @@ VARIANTS = [
     Variant("gptq, on WikiText-2", on_wikitext=True),
     Variant("nearest, 32 samples", "nearest", samples=32, on_wikitext=True),
     Variant(
-        "nearest, 32 samples, keys as stored", "nearest", "amax", 32, True, change=keys_as_stored
+        "nearest, 32 samples, keys as stored",
+        "nearest",
+        samples=32,
+        on_wikitext=True,
+        change=keys_as_stored,
     ),
     Variant("gptq, 32 samples", samples=32, on_wikitext=True),
-    Variant("gptq, scales by MSE, 32 samples", "gptq", "mse", 32, on_wikitext=True),
-    Variant("learned, scales by MSE, 32 samples", "learned", "mse", 32, on_wikitext=True),
+    Variant("gptq, scales by MSE, 32 samples", scales="mse", samples=32, on_wikitext=True),
+    Variant(
+        "learned, scales by MSE, 32 samples", "learned", scales="mse", samples=32, on_wikitext=True
+    ),
     Variant("gptq, columns as stored", on_wikitext=True, change=order_of_columns),
     Variant(
         "gptq, moments of 65,536 tokens", on_wikitext=True, change=partial(moment_tokens, 65536)

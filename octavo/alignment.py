@@ -25,6 +25,9 @@ from torch import Tensor
 # sixteenth to an eighth of it apart, so from there on about as far as keys are.
 _RATIO = 8.0
 
+# Tensors of an attention block that are moved; norms are only looked at.
+MOVED = tuple(f"{name}_proj.{kind}" for name in "qk" for kind in ("weight", "bias"))
+
 # Of E4M3, with the leading one.
 _SIGNIFICANT_BITS = 4
 
@@ -42,7 +45,7 @@ def align_keys(tensors: MutableMapping[str, Tensor], block: str, head_dim: int) 
         Whether there was anything to move. The scale of the keys is then to be a :func:`power_of_two`.
     """
     weight, bias = (tensors.get(f"{block}.k_proj.{kind}") for kind in ("weight", "bias"))
-    norm = tensors.get(f"{block.rpartition('.')[0]}.input_layernorm.weight")
+    norm = tensors.get(input_norm(block))
     query = tensors.get(f"{block}.q_proj.weight")
     if weight is None or bias is None or norm is None or query is None:
         return False
@@ -71,6 +74,11 @@ def align_keys(tensors: MutableMapping[str, Tensor], block: str, head_dim: int) 
             for own in range(head * group, (head + 1) * group):
                 _multiply(tensor[own * head_dim :][:head_dim], pairs, turn, 1 / stretch)
     return found
+
+
+def input_norm(block: str) -> str:
+    """Name of the weight of the norm in front of an attention block."""
+    return f"{block.rpartition('.')[0]}.input_layernorm.weight"
 
 
 def power_of_two(scale: Tensor) -> Tensor:

@@ -8,12 +8,10 @@ from collections.abc import Iterator, Set
 import torch
 from torch import Tensor
 
-from octavo.alignment import align_keys
+from octavo.alignment import MOVED, align_keys, input_norm
 from octavo.edition import Edition
 from octavo.inspection.outline import Outline
 from octavo.inspection.strips import strips, strips_of
-
-_ALIGNED = tuple(f"{name}_proj.{kind}" for name in "qk" for kind in ("weight", "bias"))
 
 
 class Originals:
@@ -41,7 +39,7 @@ class Originals:
             if names >= {name for name in reference if name.startswith(f"{block}.")}
             and (bias := f"{block}.k_proj.bias") in names
             and _differ(edition, reference, bias)
-            for name in _ALIGNED
+            for name in MOVED
         }
 
     def strips(self, name: str) -> Iterator[tuple[int, Tensor]]:
@@ -51,11 +49,13 @@ class Originals:
         return strips_of(self._aligned(self._blocks[name])[name])
 
     def _aligned(self, block: str) -> dict[str, Tensor]:
-        layer = block.rpartition(".")[0]
-        names = [
-            name for name in self.reference if name.startswith((f"{block}.", f"{layer}.input"))
-        ]
-        tensors = {name: self.reference.read(name) for name in names}
+        # Not the other projections, which are as large; keys with a norm of their own are not moved.
+        names = (
+            input_norm(block),
+            f"{block}.k_norm.weight",
+            *(f"{block}.{name}" for name in MOVED),
+        )
+        tensors = {name: self.reference.read(name) for name in names if name in self.reference}
         align_keys(tensors, block, self._head_dim)
         return tensors
 
