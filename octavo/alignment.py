@@ -7,9 +7,10 @@ by. Qwen2.5-Coder-1.5B's perplexity becomes 1.7 times what it was (``docs/benchm
 
 Rotary embedding turns each pair of channels as a complex number. So a pair of the keys may be multiplied by any complex
 number t, if the same pair of the queries that meet it is divided by t's conjugate: every score stays what it was (up to
-the rounding of the weights). Here t turns the bias onto the real axis and gives it a length that is an E4M3 number: then
-what varies no longer decides how the bias is rounded, and the imaginary part, without a bias, keeps its own precision.
-The cache's scale has to be a power of two, of which all have the same grid (:func:`power_of_two`).
+the rounding of the weights). Here t turns the bias onto the real axis and gives it a length in the middle of those that
+E4M3 makes a power of two of, whether an engine rounds to the nearest number (as GPUs do) or cuts off (as vLLM does on
+CPUs): then what varies no longer decides how the bias is rounded, and the imaginary part, without a bias, keeps its own
+precision. The cache's scale has to be a power of two too (:func:`power_of_two`).
 
 Only weights decide, so it takes no calibration. A model without such biases stays as it is to the bit.
 """
@@ -28,8 +29,9 @@ _RATIO = 8.0
 # Tensors of an attention block that are moved; norms are only looked at.
 MOVED = tuple(f"{name}_proj.{kind}" for name in "qk" for kind in ("weight", "bias"))
 
-# Of E4M3, with the leading one.
-_SIGNIFICANT_BITS = 4
+# Between 1 and the number halfway to E4M3's next, 1.125: rounded and cut off it is 1, up to a thirty-third of it away.
+# Of all lengths these bear the most, since E4M3's numbers are widest apart above a power of two. Exact in BF16.
+_MANTISSA = 1 + 1 / 32
 
 
 def align_keys(tensors: MutableMapping[str, Tensor], block: str, head_dim: int) -> bool:
@@ -63,7 +65,7 @@ def align_keys(tensors: MutableMapping[str, Tensor], block: str, head_dim: int) 
         found = True
         real, imaginary = (part[pairs].float() for part in bias[rows].chunk(2))
         length = (real * real + imaginary * imaginary).sqrt()
-        target = _rounded(length)
+        target = _target(length)
         # To the real axis, and to that length.
         turn = real / length, -imaginary / length
         stretch = target / length
@@ -99,11 +101,10 @@ def _far(weight: Tensor, bias: Tensor, norm: Tensor) -> Tensor:
     return ((size > _RATIO**2 * varied) & size.isfinite()).nonzero().squeeze(1)
 
 
-def _rounded(length: Tensor) -> Tensor:
-    """The nearest number with as many significant bits as E4M3 has."""
-    mantissa, exponent = torch.frexp(length)
-    steps = 2.0**_SIGNIFICANT_BITS
-    return torch.ldexp((mantissa * steps).round() / steps, exponent)
+def _target(length: Tensor) -> Tensor:
+    """The nearest power of two, as ratios go, times what is borne best."""
+    mantissa, exponent = torch.frexp(length / _MANTISSA)
+    return torch.ldexp(torch.full_like(length, _MANTISSA), exponent - (mantissa < 0.5**0.5).int())
 
 
 def _multiply(rows: Tensor, pairs: Tensor, turn: tuple[Tensor, Tensor], stretch: Tensor) -> None:
