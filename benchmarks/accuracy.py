@@ -1,11 +1,12 @@
 """How near editions of the same format come to the model, whoever made them.
 
 ModelOpt's, Quark's and llm-compressor's editions are put together from golden files (scales, and hashes of codes), which
-were made on the same calibration tokens as Octavo's are here. All are static per-tensor FP8 with an FP8 KV cache. One
-scorer reads them all: KL from the BF16 model and perplexity, on WikiText-2's test text, whose validation text they are
-calibrated on, and on another text. With ``--vllm``, vLLM reads them too.
+were made on the same calibration tokens as Octavo's are here; auto-round's is tuned on them, in an environment of its own,
+which takes hours on two cores. All are static per-tensor FP8 with an FP8 KV cache. One scorer reads them all: KL from the
+BF16 model and perplexity, on WikiText-2's test text, whose validation text they are calibrated on, and on another text. With ``--vllm``, vLLM reads them too.
 
 Usage: python -m benchmarks.accuracy GOLDEN WIKI.test.raw [--windows 16] [--vllm PYTHON] [--only NAME …]
+       [--autoround-iterations 200]
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import CACHE, RESULTS, ROOT, sample_model, save
+from benchmarks.environments import peer_python, variables
 from octavo import Calibration, quantize
 from octavo.allocator import keep_freed_memory
 from octavo.evaluation import evaluate
@@ -45,10 +47,26 @@ OURS: dict[str, dict[str, Any]] = {
         "merge_scales": True,
     },
 }
-NAMES = [*TOOLS, *OURS]
+# What is tuned here, since there are no golden files of it.
+AUTOROUND = "auto-round-0.16.1"
+NAMES = [*TOOLS, AUTOROUND, *OURS]
 
 # vLLM's context is as long as a window, and it generates one token more.
 _VLLM_WINDOWS, _VLLM_SEQ_LEN = 8, 2047
+
+
+def tuned_by_autoround(tokens: Path, iterations: int) -> Path:
+    """auto-round's edition, by its own defaults but for the iterations of a decoder layer; kept, for it takes hours."""
+    edition = CACHE / f"auto-round-{iterations}"
+    if not edition.exists():
+        python = peer_python("auto-round")
+        script = ROOT / "benchmarks" / "peer_scripts" / "autoround_quantize.py"
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            written = Path(scratch) / "edition"
+            command = [python, script, sample_model(), tokens, written, str(iterations)]
+            subprocess.run(list(map(str, command)), env=variables(python), check=True)
+            written.rename(edition)
+    return edition
 
 
 def make(name: str, golden: Path, tokens: Path, output: Path) -> float:
@@ -94,6 +112,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--vllm", type=Path, help="the Python of an environment with vLLM")
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--autoround-iterations", type=int, default=200, help="its own default")
     options = parser.parse_args()
     keep_freed_memory()
     texts = {"wikitext-2 test": str(options.test), "builtin": "builtin"}
@@ -107,13 +126,18 @@ def main() -> None:
             result["vllm, BF16"] = score_in_vllm(options.vllm, sample_model(), options.test)
         for name in options.only:
             edition = Path(scratch) / name.replace(" ", "-").replace(",", "")
-            seconds = make(name, options.golden, tokens, edition)
+            if name == AUTOROUND:
+                edition = tuned_by_autoround(tokens, options.autoround_iterations)
+            else:
+                seconds = make(name, options.golden, tokens, edition)
             found: dict[str, Any] = {
                 text: score(edition, data, options.windows) for text, data in texts.items()
             }
             kls = ", ".join(f"{text}: KL {one['kl']:.5f}" for text, one in found.items())
             if name in OURS:
                 found["seconds"] = seconds
+            if name == AUTOROUND:
+                found["iterations"] = options.autoround_iterations
             if options.vllm:
                 found["vllm"] = score_in_vllm(options.vllm, edition, options.test)
                 kls += f", vLLM {found['vllm']['perplexity']:.3f}"

@@ -17,7 +17,7 @@ from benchmarks.common import CACHE
 # First, so that its CPU build is kept: by default the peers' requirements bring CUDA's libraries.
 _TORCH = "torch==2.13.0"
 
-# Under the names of their directories. The tools' versions are those that the golden files were made with;
+# Under the names of their directories. The versions of those that have golden files are the ones that made them;
 # llmcompressor allows no later transformers.
 PEERS = {
     "modelopt": (
@@ -29,6 +29,13 @@ PEERS = {
     ),
     "quark": ("amd-quark==0.13", "transformers==5.23.0", "accelerate==1.15.0"),
     "llmcompressor": ("llmcompressor==0.14.0.1", "transformers==5.17.0", "accelerate==1.15.0"),
+    "auto-round": (
+        "auto-round==0.16.1",
+        "transformers==5.23.0",
+        "accelerate==1.15.0",
+        "compressed-tensors==0.20.0",
+        "datasets==5.2.0",
+    ),
 }
 
 # What quark.torch compiles when first imported, with ninja and a C++ compiler, half a minute.
