@@ -65,7 +65,8 @@ def tuned_by_autoround(tokens: Path, iterations: int) -> Path:
             written = Path(scratch) / "edition"
             command = [python, script, sample_model(), tokens, written, str(iterations)]
             subprocess.run(list(map(str, command)), env=variables(python), check=True)
-            written.rename(edition)
+            # In a folder with a name of its own choice.
+            next(written.iterdir()).rename(edition)
     return edition
 
 

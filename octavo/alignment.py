@@ -30,7 +30,8 @@ _RATIO = 8.0
 MOVED = tuple(f"{name}_proj.{kind}" for name in "qk" for kind in ("weight", "bias"))
 
 # Between 1 and the number halfway to E4M3's next, 1.125: rounded and cut off it is 1, up to a thirty-third of it away.
-# Of all lengths these bear the most, since E4M3's numbers are widest apart above a power of two. Exact in BF16.
+# Of all lengths these bear the most, since E4M3's numbers are widest apart above a power of two. Exact in BF16. Where keys
+# are rounded, 1 is somewhat nearer to the model; cut off, it falls apart (docs/benchmarks/).
 _MANTISSA = 1 + 1 / 32
 
 
