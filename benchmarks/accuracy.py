@@ -3,7 +3,8 @@
 ModelOpt's, Quark's and llm-compressor's editions are put together from golden files (scales, and hashes of codes), which
 were made on the same calibration tokens as Octavo's are here; auto-round's is tuned on them, in an environment of its own,
 which takes hours on two cores. All are static per-tensor FP8 with an FP8 KV cache. One scorer reads them all: KL from the
-BF16 model and perplexity, on WikiText-2's test text, whose validation text they are calibrated on, and on another text. With ``--vllm``, vLLM reads them too.
+BF16 model and perplexity, on WikiText-2's test text, whose validation text they are calibrated on, and on another text.
+With ``--vllm``, vLLM reads them too.
 
 Usage: python -m benchmarks.accuracy GOLDEN WIKI.test.raw [--windows 16] [--vllm PYTHON] [--only NAME …]
        [--autoround-iterations 200]
@@ -23,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import CACHE, RESULTS, ROOT, sample_model, save
-from benchmarks.environments import peer_python, variables
+from benchmarks.common import CACHE, RESULTS, ROOT, machine, sample_model, save
+from benchmarks.environments import PEER_SCRIPTS, peer_python, variables
 from octavo import Calibration, quantize
 from octavo.allocator import keep_freed_memory
 from octavo.evaluation import evaluate
@@ -59,8 +60,7 @@ def tuned_by_autoround(tokens: Path, iterations: int) -> Path:
     """auto-round's edition, by its own defaults but for the iterations of a decoder layer; kept, for it takes hours."""
     edition = CACHE / f"auto-round-{iterations}"
     if not edition.exists():
-        python = peer_python("auto-round")
-        script = ROOT / "benchmarks" / "peer_scripts" / "autoround_quantize.py"
+        python, script = peer_python("auto-round"), PEER_SCRIPTS / "autoround_quantize.py"
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             written = Path(scratch) / "edition"
             command = [python, script, sample_model(), tokens, written, str(iterations)]
@@ -70,15 +70,15 @@ def tuned_by_autoround(tokens: Path, iterations: int) -> Path:
     return edition
 
 
-def make(name: str, golden: Path, tokens: Path, output: Path) -> float:
-    """Make an edition; seconds."""
-    begin = time.perf_counter()
-    if name in OURS:
-        scheme = scheme_called("fp8", **OURS[name])
-        quantize(sample_model(), output, scheme=scheme, calibration=Calibration(source=str(tokens)))
-    else:
+def make(name: str, golden: Path, tokens: Path, output: Path) -> dict[str, Any]:
+    """Make an edition that does not take hours; what is to be said of that."""
+    if name not in OURS:
         rebuild(name, sample_model(), golden, output)
-    return time.perf_counter() - begin
+        return {}
+    begin = time.perf_counter()
+    scheme = scheme_called("fp8", **OURS[name])
+    quantize(sample_model(), output, scheme=scheme, calibration=Calibration(source=str(tokens)))
+    return {"seconds": time.perf_counter() - begin}
 
 
 def score(edition: Path, data: str, windows: int) -> dict[str, Any]:
@@ -117,9 +117,10 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     texts = {"wikitext-2 test": str(options.test), "builtin": "builtin"}
-    result: dict[str, Any] = {"windows": options.windows, "calibration": "golden", "editions": {}}
+    result: dict[str, Any] = {"editions": {}}
     if (RESULTS / "accuracy.json").exists():
-        result["editions"] = json.loads((RESULTS / "accuracy.json").read_text())["editions"]
+        result = json.loads((RESULTS / "accuracy.json").read_text())
+    result |= {"machine": machine(), "windows": options.windows, "calibration": "golden"}
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         tokens = Path(scratch) / "tokens.npy"
         np.save(tokens, np.load(options.golden / "calib_tokens.npy").astype(np.int64))
@@ -127,18 +128,16 @@ def main() -> None:
             result["vllm, BF16"] = score_in_vllm(options.vllm, sample_model(), options.test)
         for name in options.only:
             edition = Path(scratch) / name.replace(" ", "-").replace(",", "")
-            if name == AUTOROUND:
-                edition = tuned_by_autoround(tokens, options.autoround_iterations)
-            else:
-                seconds = make(name, options.golden, tokens, edition)
-            found: dict[str, Any] = {
-                text: score(edition, data, options.windows) for text, data in texts.items()
-            }
-            kls = ", ".join(f"{text}: KL {one['kl']:.5f}" for text, one in found.items())
-            if name in OURS:
-                found["seconds"] = seconds
+            # Editions are scored in several runs, which need not be on one machine.
+            found: dict[str, Any] = {"cpu": machine()["cpu"]}
             if name == AUTOROUND:
                 found["iterations"] = options.autoround_iterations
+                edition = tuned_by_autoround(tokens, options.autoround_iterations)
+            else:
+                found |= make(name, options.golden, tokens, edition)
+            scores = {text: score(edition, data, options.windows) for text, data in texts.items()}
+            found |= scores
+            kls = ", ".join(f"{text}: KL {one['kl']:.5f}" for text, one in scores.items())
             if options.vllm:
                 found["vllm"] = score_in_vllm(options.vllm, edition, options.test)
                 kls += f", vLLM {found['vllm']['perplexity']:.3f}"

@@ -12,7 +12,7 @@ import sys
 import venv
 from pathlib import Path
 
-from benchmarks.common import CACHE
+from benchmarks.common import CACHE, ROOT
 
 # First, so that its CPU build is kept: by default the peers' requirements bring CUDA's libraries.
 _TORCH = "torch==2.13.0"
@@ -37,6 +37,9 @@ PEERS = {
         "datasets==5.2.0",
     ),
 }
+
+# What runs in them.
+PEER_SCRIPTS = ROOT / "benchmarks" / "peer_scripts"
 
 # What quark.torch compiles when first imported, with ninja and a C++ compiler, half a minute.
 _COMPILES_AT_IMPORT = {"quark": "quark.torch"}

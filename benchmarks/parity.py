@@ -18,7 +18,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from benchmarks.common import CACHE, ROOT, run, sample_model, save
-from benchmarks.environments import peer_python
+from benchmarks.environments import PEER_SCRIPTS, peer_python
 
 _KINDS = ("input_scale", "k_scale", "v_scale")
 
@@ -48,7 +48,7 @@ def main() -> None:
     found = {
         "golden": {name: entry["value"] for name, entry in records.items() if name.endswith(_KINDS)}
     }
-    script = ROOT / "benchmarks" / "peer_scripts" / "modelopt_quantize.py"
+    script = PEER_SCRIPTS / "modelopt_quantize.py"
     octavo = Path(sys.executable).with_name("octavo")
     model = sample_model()
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:

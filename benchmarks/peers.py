@@ -27,14 +27,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common import CACHE, RESULTS, ROOT, machine, sample_model
+from benchmarks.common import CACHE, RESULTS, machine, sample_model
 from benchmarks.edition_check import IncompleteError, check, compare
-from benchmarks.environments import PEERS, octavo_python, peer_python, variables, versions
+from benchmarks.environments import (
+    PEER_SCRIPTS,
+    PEERS,
+    octavo_python,
+    peer_python,
+    variables,
+    versions,
+)
 from benchmarks.peers_page import write_page
 from benchmarks.peers_ways import PACKAGES, SECTIONS, SHAPE, Section, Way
 from benchmarks.watching import bytes_in, watch
-
-_SCRIPTS = ROOT / "benchmarks" / "peer_scripts"
 
 
 class Stage(NamedTuple):
@@ -76,7 +81,7 @@ def command_of(
     words = way.command.split()
     settings = dict(word.split("=", 1) for word in takewhile(lambda word: "=" in word, words))
     first, *rest = words[len(settings) :]
-    program = first if first.startswith("-") else str(_SCRIPTS / first)
+    program = first if first.startswith("-") else str(PEER_SCRIPTS / first)
     return settings, [str(python), program, *(word.format(**places) for word in rest)]
 
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import CACHE, ROOT, Run, median, run, sample_model, save
-from benchmarks.environments import peer_python
+from benchmarks.environments import PEER_SCRIPTS, peer_python
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     model, peer = sample_model(), peer_python("modelopt")
-    script = ROOT / "benchmarks" / "peer_scripts" / "modelopt_quantize.py"
+    script = PEER_SCRIPTS / "modelopt_quantize.py"
     octavo = Path(sys.executable).with_name("octavo")
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         out = Path(scratch)

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import tiny
+from cutting_off import cut_off
 from octavo import Calibration, OctavoError, analyze, load, quantize, verify
 from octavo.alignment import align_keys, power_of_two
 from octavo.analysis import KV_CACHE
@@ -87,12 +88,6 @@ def test_the_model_computes_the_same(model: Path, ids: Path) -> None:
     assert (logits(network, ids) - before).abs().max() < 1e-3 * before.abs().max()
 
 
-def cut_off(values: Tensor) -> Tensor:
-    """To E4M3 as an engine does that drops bits instead of rounding: four significant ones stay."""
-    mantissa, exponent = torch.frexp(values)
-    return torch.ldexp((mantissa * 16).floor() / 16, exponent)
-
-
 def test_biases_become_powers_of_two_and_the_rest_stays(model: Path) -> None:
     before = load_file(model / "model.safetensors")
     after = aligned(before)
@@ -104,9 +99,10 @@ def test_biases_become_powers_of_two_and_the_rest_stays(model: Path) -> None:
         assert 0.7 < real / math.hypot(*values) < 1.46
         power = 2.0 ** math.floor(math.log2(real))
         keys = real * torch.linspace(1 - 1 / 34, 1 + 1 / 34, 101)
-        for scale in (2.0, 4.0, 8.0):
-            assert (keys / scale).to(torch.float8_e4m3fn).float().eq(power / scale).all()
-            assert cut_off(keys / scale).eq(power / scale).all()
+        for scale in (0.5, 1.0, 2.0, 4.0, 8.0):
+            code, scaled = min(power / scale, 448), (keys / scale).clamp(max=448)
+            assert scaled.to(torch.float8_e4m3fn).float().eq(code).all()
+            assert cut_off(keys, torch.tensor(scale)).eq(code * scale).all()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {
         f"{FIRST}.{name}_proj.{kind}" for name in "qk" for kind in ("weight", "bias")

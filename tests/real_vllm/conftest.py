@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cutting_off import cut_off
 from octavo import Calibration, convert, fp8, linear, load, quantize
 from octavo.engines import Engine, open_engine
 from octavo.engines.engine import TokenIds, TokenScores
@@ -45,15 +46,6 @@ Expected: TypeAlias = Callable[[str, str, bool, Sharing], float]
 def cost(engine: Engine, tokens: Tensor) -> float:
     """The perplexity of the text."""
     return perplexity(engine, tokens, seq_len=SEQ_LEN).perplexity
-
-
-def cut_off(tensor: Tensor, scale: Tensor) -> Tensor:
-    """``tensor`` after vLLM's FP8 storage on a CPU, float32: rounded towards zero."""
-    values = (tensor.float() / scale).clamp(-448, 448)
-    nearest = values.to(torch.float8_e4m3fn)
-    # One code less is the next number towards zero.
-    codes = nearest.view(torch.uint8) - (nearest.float().abs() > values.abs()).to(torch.uint8)
-    return codes.view(torch.float8_e4m3fn).float() * scale
 
 
 def cut_off_both(cache: Fp8KeyValueCache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

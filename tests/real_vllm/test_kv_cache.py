@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from cutting_off import cut_off
 from octavo import fp8
-from real_vllm.conftest import cut_off
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
