@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from octavo.pipeline import QuantizeResult, quantize
     from octavo.planning import Plan, plan
     from octavo.publishing import report
+    from octavo.rotating import rotate
     from octavo.sample import sample_model
     from octavo.scheme import Scheme
     from octavo.serving import serve
@@ -50,6 +51,7 @@ _HOMES = {
     "quantize": "octavo.pipeline",
     "quantize_within": "octavo.budgeting",
     "report": "octavo.publishing",
+    "rotate": "octavo.rotating",
     "sample_model": "octavo.sample",
     "serve": "octavo.serving",
     "synth": "octavo.synthesis",
@@ -76,6 +78,7 @@ __all__ = [
     "quantize",
     "quantize_within",
     "report",
+    "rotate",
     "sample_model",
     "serve",
     "synth",

@@ -10,6 +10,7 @@ from octavo.cli import (
     plan,
     quantize,
     report,
+    rotate,
     serve,
     synth,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "plan",
     "quantize",
     "report",
+    "rotate",
     "serve",
     "synth",
 ]
