@@ -46,6 +46,11 @@ ALLOWED: dict[str, set[str]] = {
         *("formats", "memory", "preflight", "scheme", "transfer"),
     },
     "reconstruction": {"attention", "calibration", "fp8", "linear", "rounding"},
+    "rotation": {"errors", "calibration", "canonical", "checkpoint", "decoder"},
+    "rotating": {
+        *("calibration", "checkpoint", "decoder", "preflight", "rotation", "stopwatch", "threads"),
+        *("transfer", "version"),
+    },
     "lane": set(),
     "read_ahead": {"checkpoint"},
     "in_turn": {
@@ -190,7 +195,7 @@ ALLOWED: dict[str, set[str]] = {
         *("cli", "console", "engines", "evaluation", "publishing", "reporting"),
         *("throughput", "benchmarking", "servers", "serving", "inspection", "verification"),
         *("analysis", "api", "completion", "conversation", "planning", "devices", "shapes"),
-        "synthesis",
+        *("synthesis", "rotation", "rotating"),
     },
 }
 

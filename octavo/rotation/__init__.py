@@ -9,7 +9,7 @@ other: hidden states may be rotated (RMSNorm allows no more), and each head's va
 from octavo.rotation.basis import Rotation, blocks_of
 from octavo.rotation.learning import Learned, learn_rotation
 from octavo.rotation.rewriting import Axes, Rewriting
-from octavo.rotation.survey import Survey, survey
+from octavo.rotation.surveying import Survey, survey
 from octavo.rotation.values import value_axes
 
 __all__ = [

@@ -12,7 +12,7 @@ from octavo.canonical import finite_amax
 from octavo.checkpoint import CheckpointWriter
 from octavo.decoder import Decoder
 from octavo.rotation.basis import Rotation
-from octavo.rotation.survey import OUTPUTS, READERS, VALUES, WRITERS
+from octavo.rotation.surveying import OUTPUTS, READERS, VALUES, WRITERS
 
 # Elements of a matrix's rows that are turned at a time.
 _STRIP = 1 << 22

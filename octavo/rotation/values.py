@@ -3,11 +3,13 @@
 A head's values v and the columns of ``o_proj`` that meet them, O, may be any ``M v`` and ``O M⁻¹``. With C = E[v vᵀ] and P = Oᵀ O the
 noise is ``Σ_i (M C Mᵀ)_ii (M⁻ᵀ P M⁻¹)_ii``, and no smaller than ``(tr S)² / n``, S having the eigenvalues of ``(C P)^½``
 (Cauchy, and the trace inequality). That is reached where both matrices are S, with one number all along its diagonal: M is the
-root of the geometric mean of C⁻¹ and P (Bhatia, Positive Definite Matrices, 2007, section 4.1), then what turns S onto its
-eigenvectors, then a Hadamard matrix.
+root of the geometric mean of C⁻¹ and P (Bhatia, Positive Definite Matrices, 2007, section 4.1), then a rotation that levels the
+diagonal, which there always is (Horn, 1954).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -35,8 +37,7 @@ def value_axes(values: Tensor, outputs: Tensor) -> Tensor:
     inverse = _power(c, -0.5)
     mean = inverse @ _power(root @ p @ root, 0.5) @ inverse
     half = _power(mean, 0.5)
-    _, vectors = torch.linalg.eigh(half @ c @ half)
-    axes = _flat(size).to(half) @ vectors.T @ half
+    axes = _levelling(half @ c @ half) @ half
     result: Tensor = axes * (c.trace() / (axes @ c @ axes.T).trace()).sqrt()
     return result
 
@@ -55,13 +56,24 @@ def _power(matrix: Tensor, exponent: float) -> Tensor:
     return result
 
 
-def _flat(size: int) -> Tensor:
-    """An orthogonal matrix that spreads sorted eigenvalues evenly over the diagonal: of Hadamard's, as large as goes,
-    side by side, each with every so manieth of them."""
-    part = size & -size
-    hadamard = torch.ones(1, 1, dtype=torch.float64)
-    while len(hadamard) < part:
-        hadamard = torch.cat(
-            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
-        )
-    return torch.kron(hadamard / part**0.5, torch.eye(size // part, dtype=torch.float64))
+def _levelling(matrix: Tensor) -> Tensor:
+    """An orthogonal Q that makes the diagonal of ``Q matrix Qᵀ`` its mean throughout: the largest and the smallest are
+    turned against each other until one of them is the mean, and so on."""
+    size, mean = len(matrix), matrix.diagonal().mean().item()
+    matrix, turned = matrix.clone(), torch.eye(size).to(matrix)
+    for _ in range(size - 1):
+        diagonal = matrix.diagonal()
+        high, low = int(diagonal.argmax()), int(diagonal.argmin())
+        above, below = diagonal[high].item() - mean, diagonal[low].item() - mean
+        if not above > 0 > below:
+            break
+        beside = matrix[high, low].item()
+        # The tangent of the angle at which the larger becomes the mean.
+        tangent = (math.sqrt(beside * beside - above * below) - beside) / below
+        cosine = 1 / math.sqrt(1 + tangent * tangent)
+        turn = torch.tensor([[1, tangent], [-tangent, 1]]).to(matrix) * cosine
+        pair = [high, low]
+        matrix[pair] = turn @ matrix[pair]
+        matrix[:, pair] = matrix[:, pair] @ turn.T
+        turned[pair] = turn @ turned[pair]
+    return turned
