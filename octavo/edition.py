@@ -20,6 +20,9 @@ from octavo.formats import FORMATS, Decoded, Json, Stored
 from octavo.formats.dialect import MODEL_CONFIG, Piece, without_quantization
 from octavo.scheme import BLOCK, Scheme
 
+# In config.json: that the model is in other axes than the original, and how they were chosen (:mod:`octavo.rotating`).
+ROTATION_KEY = "octavo_rotation"
+
 _SCALES = (".weight_scale", ".input_scale", ".k_scale", ".v_scale")
 # JSON files that say what a checkpoint is, besides config.json.
 _FILES = ("hf_quant_config.json", MODEL_CONFIG)
@@ -68,6 +71,12 @@ class Edition:
             infos = {name: checkpoint[name] for name in checkpoint}
             decoded: Decoded = FORMATS[self.dialect].decode(files, infos)
             self.config, self.scheme, self._stored = decoded
+
+    @property
+    def rotation(self) -> Json | None:
+        """How the axes it is in were chosen, None if they are the model's own."""
+        found: Json | None = self.config.get(ROTATION_KEY)
+        return found
 
     @property
     def directory(self) -> Path:

@@ -425,14 +425,8 @@ def _record(
         "base_model": job.source.directory.resolve().name,
         "format": format,
         "scheme": job.scheme.model_dump(mode="json"),
-        "calibration": None
-        if tokens is None
-        else {
-            **calibration.model_dump(mode="json"),
-            "source": Path(calibration.source).name,
-            "samples": tokens.shape[0],
-            "seq_len": tokens.shape[1],
-        },
+        "rotation": job.source.rotation,
+        "calibration": None if tokens is None else calibration.drawn(tokens),
         "amax": found.amax,
         "weights": found.errors,
         "aligned_keys": found.aligned,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from octavo.calibration import (
     BATCH_TOKENS,
@@ -21,6 +22,7 @@ from octavo.calibration import (
 from octavo.checkpoint import Checkpoint, CheckpointWriter, Workspace
 from octavo.checkpoint.hub import resolve_model
 from octavo.decoder import Decoder
+from octavo.edition import ROTATION_KEY
 from octavo.preflight import check_target, pick_device, refuse_quantized
 from octavo.rotation import Axes, Learned, Rewriting, Survey, learn_rotation, survey
 from octavo.stopwatch import Stopwatch
@@ -120,9 +122,7 @@ def rotate(
             )
         with clock("sync"):
             carry_files(source, writer)
-            writer.write_json(
-                "config.json", _config(checkpoint, calibration, tokens.numel(), learned)
-            )
+            writer.write_json("config.json", _config(checkpoint, calibration, tokens, learned))
             writer.seal()
             work.publish()
     return RotateResult(
@@ -140,7 +140,7 @@ def rotate(
 
 def _survey(
     decoder: Decoder,
-    tokens: torch.Tensor,
+    tokens: Tensor,
     work: Workspace,
     on_progress: Callable[[str, int, int], None],
 ) -> Survey:
@@ -165,16 +165,15 @@ def _survey(
 
 
 def _config(
-    checkpoint: Checkpoint, calibration: Calibration, tokens: int, learned: Learned
+    checkpoint: Checkpoint, calibration: Calibration, tokens: Tensor, learned: Learned
 ) -> dict[str, Any]:
     """The model's, saying what was done, which editions made of it say too."""
     return {
         **checkpoint.config,
         "tie_word_embeddings": False,
-        "octavo_rotation": {
-            "version": __version__,
-            "calibration": calibration.model_dump(mode="json"),
-            "tokens": tokens,
+        ROTATION_KEY: {
+            "octavo": __version__,
+            "calibration": calibration.drawn(tokens),
             "noise": learned.noise,
         },
     }

@@ -48,8 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "reconstruction": {"attention", "calibration", "fp8", "linear", "rounding"},
     "rotation": {"errors", "calibration", "canonical", "checkpoint", "decoder"},
     "rotating": {
-        *("calibration", "checkpoint", "decoder", "preflight", "rotation", "stopwatch", "threads"),
-        *("transfer", "version"),
+        *("calibration", "checkpoint", "decoder", "edition", "preflight", "rotation", "stopwatch"),
+        *("threads", "transfer", "version"),
     },
     "lane": set(),
     "read_ahead": {"checkpoint"},

@@ -15,9 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import report_example
 import tiny
-from octavo import Calibration, OctavoError, quantize, rotate
+from octavo import Calibration, OctavoError, quantize, rotate, verify
 from octavo.cli import app
+from octavo.reporting.card import model_card
+from octavo.reporting.record import RotationRecord, read_record
 from octavo.rotation import basis, blocks_of, learn_rotation, rewriting, surveying, value_axes
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -167,9 +170,36 @@ def test_it_is_an_ordinary_checkpoint(dtype: torch.dtype, tmp_path: Path, ids: P
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature": 0.5}'
     quantize(tmp_path / "out", tmp_path / "fp8", calibration=Calibration(source=str(ids)))
     config = json.loads((tmp_path / "fp8" / "config.json").read_text())
-    assert config["octavo_rotation"]["calibration"]["source"] == str(ids)
-    assert config["octavo_rotation"]["noise"] < 1
+    assert config["octavo_rotation"]["calibration"]["source"] == ids.name
+    record = read_record(tmp_path / "fp8")
+    assert record is not None
+    assert record.rotation is not None
+    assert record.rotation.noise == config["octavo_rotation"]["noise"] < 1
+    assert record.rotation.calibration.samples == 8
     assert not config["tie_word_embeddings"]
+
+
+def test_an_edition_is_compared_with_what_it_was_made_from(
+    tiny_llama: Path, tmp_path: Path, ids: Path
+) -> None:
+    rotated(tiny_llama, tmp_path / "bf16", ids)
+    quantize(tmp_path / "bf16", tmp_path / "fp8", calibration=Calibration(source=str(ids)))
+    assert verify(tmp_path / "fp8", reference=tmp_path / "bf16").ok
+    with pytest.raises(OctavoError, match="in different axes"):
+        verify(tmp_path / "fp8", reference=tiny_llama)
+
+
+def test_the_report_says_so_and_how_to_make_it_again() -> None:
+    plain = report_example.results()
+    assert plain.record is not None
+    assert plain.record.calibration is not None
+    rotation = RotationRecord(octavo="0.1.0", calibration=plain.record.calibration, noise=0.75)
+    record = plain.record.model_copy(update={"rotation": rotation, "base_model": "smollm2-rotated"})
+    card = model_card(plain.model_copy(update={"record": record}))
+    assert "octavo rotate smollm2-bf16 \\\n  -o smollm2-rotated \\\n  --calib" in card
+    assert "octavo quantize smollm2-rotated" in card
+    assert "hidden states rotated" in card
+    assert "octavo rotate" not in model_card(plain)
 
 
 def test_it_comes_out_the_same_twice(tiny_llama: Path, tmp_path: Path, ids: Path) -> None:

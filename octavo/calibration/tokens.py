@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,6 +46,16 @@ class Calibration(BaseModel):
     samples: PositiveInt | None = None
     seq_len: PositiveInt | None = None
     seed: int = 0
+
+    def drawn(self, tokens: Tensor) -> dict[str, Any]:
+        """For a record of what was made with it: nothing of the machine, and what was left open as it turned out.
+
+        Args:
+            tokens: the samples, ``[samples, seq_len]``.
+        """
+        samples, seq_len = tokens.shape
+        own = {"source": Path(self.source).name, "samples": samples, "seq_len": seq_len}
+        return {**self.model_dump(mode="json"), **own}
 
 
 def load_tokens(

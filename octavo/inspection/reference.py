@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo import fp8
-from octavo.edition import Edition
+from octavo.edition import ROTATION_KEY, Edition
 from octavo.errors import OctavoError
 from octavo.inspection.findings import Check, Fault, Finding, Severity, run_checks
 from octavo.inspection.originals import Originals
@@ -122,12 +122,18 @@ def compare(
     """Measure every tensor of ``edition`` against ``reference``, strip by strip.
 
     Raises:
-        OctavoError: the reference is quantized itself, or a file changed while it was read.
+        OctavoError: the reference is quantized itself, or in other axes, or a file changed while it was read.
     """
     if reference.dialect is not None:
         raise OctavoError(
             f"The reference {reference.directory} is quantized itself ({reference.dialect}). Pass the "
             "BF16, FP16 or FP32 checkpoint that the edition was made from."
+        )
+    if edition.rotation != reference.rotation:
+        raise OctavoError(
+            f"{edition.directory} and the reference {reference.directory} are in different axes: config.json of only one "
+            f"has {ROTATION_KEY}, or it is not the same. Pass what `octavo rotate` wrote and the edition was made from; "
+            "`octavo eval --task kl --reference` compares with the original."
         )
     model = outline(edition)
     partners = _partners(edition, reference, model)

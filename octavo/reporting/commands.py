@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import NamedTuple
 
-from octavo.reporting.record import Record
+from octavo.reporting.record import CalibrationRecord, Record, RotationRecord
 from octavo.reporting.results import Edition
 from octavo.scheme import Scheme
 from octavo.servers.reads import TENSORRT_LLM, VLLM
@@ -31,13 +31,7 @@ def make_again(record: Record, edition: str) -> Snippet:
     options = [["-o", edition], ["--format", record.format], ["--scheme", scheme.kind]]
     options.append(["--kv-cache", scheme.kv_cache])
     if calibration is not None:
-        options.append(["--calib", calibration.source])
-        if calibration.text_field != "text":
-            options.append(["--text-field", calibration.text_field])
-        options.append(
-            ["--samples", f"{calibration.samples}", "--seq-len", f"{calibration.seq_len}"]
-        )
-        options.append(["--seed", f"{calibration.seed}"])
+        options.extend(_drawn(calibration))
     options.extend(["--exclude", pattern] for pattern in scheme.exclude)
     options.extend(["--dynamic-inputs", pattern] for pattern in scheme.dynamic)
     if scheme.merge_scales:
@@ -47,8 +41,27 @@ def make_again(record: Record, edition: str) -> Snippet:
         for name, value in (("rounding", scheme.rounding), ("scales", scheme.scales))
         if value != Scheme.model_fields[name].default
     )
-    lines = [["octavo", "quantize", record.base_model], *options]
-    return Snippet("Quantize", "sh", " \\\n  ".join(shlex.join(line) for line in lines))
+    return _command("Quantize", [["octavo", "quantize", record.base_model], *options])
+
+
+def rotate_again(rotation: RotationRecord, original: str, rotated: str) -> Snippet:
+    """What makes the checkpoint that the edition was made from."""
+    options = [["-o", rotated], *_drawn(rotation.calibration)]
+    return _command("Rotate", [["octavo", "rotate", original], *options])
+
+
+def _drawn(calibration: CalibrationRecord) -> list[list[str]]:
+    """Options that draw the same tokens."""
+    options = [["--calib", calibration.source]]
+    if calibration.text_field != "text":
+        options.append(["--text-field", calibration.text_field])
+    options.append(["--samples", f"{calibration.samples}", "--seq-len", f"{calibration.seq_len}"])
+    options.append(["--seed", f"{calibration.seed}"])
+    return options
+
+
+def _command(title: str, lines: list[list[str]]) -> Snippet:
+    return Snippet(title, "sh", " \\\n  ".join(shlex.join(line) for line in lines))
 
 
 def serve(edition: Edition) -> list[Snippet]:

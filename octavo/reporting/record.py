@@ -41,6 +41,20 @@ class CalibrationRecord(Frozen):
     seed: int
 
 
+class RotationRecord(Frozen):
+    """The axes that the model was brought into before (``octavo rotate``).
+
+    Attributes:
+        octavo: version of Octavo.
+        calibration: on which tokens they were chosen.
+        noise: the noise of FP8 where hidden states are read, as a share of that in the model's own axes.
+    """
+
+    octavo: str
+    calibration: CalibrationRecord
+    noise: Annotated[float, Field(ge=0, le=1)]
+
+
 class WeightError(Frozen):
     """What quantization did to one weight.
 
@@ -96,6 +110,7 @@ class Record(Frozen):
         base_model: directory name of the checkpoint it was made from.
         format: dialect.
         scheme: what was quantized and how.
+        rotation: the axes that checkpoint is in; None if they are the original's.
         calibration: on which tokens; None without calibration.
         amax: largest absolute value of each weight (``<module>.weight``), and what the scales of each linear
             input (``<module>``), key and value (``<block>.k``, ``<block>.v``) were taken from.
@@ -113,6 +128,7 @@ class Record(Frozen):
     base_model: str
     format: str
     scheme: Scheme
+    rotation: RotationRecord | None = None
     calibration: CalibrationRecord | None
     amax: dict[str, Amax]
     weights: Annotated[dict[str, WeightError], Field(default_factory=dict)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from octavo.reporting import table
-from octavo.reporting.commands import Snippet, make_again, serve
+from octavo.reporting.commands import Snippet, make_again, rotate_again, serve
 from octavo.reporting.numbers import number
 from octavo.reporting.record import BudgetRecord, Record
 from octavo.reporting.results import Environment, Results
@@ -35,6 +35,10 @@ _ROUNDING = {
     "gptq": "chosen by GPTQ: each makes up for the errors of those before it, on the calibration text",
     "learned": "learned from GPTQ's on, by what comes out of each decoder layer on the calibration text",
 }
+_ROTATED = (
+    "hidden states rotated, each head's values multiplied by a matrix, and both taken back by the weights around them, so that "
+    "FP8 loses less; the norms' weights are one"
+)
 _RANGES = {
     "amax": "The scales are the largest absolute values seen, divided by 448.",
     "mse": "The scales of inputs, keys and values are those, between the largest absolute value seen and twice that "
@@ -97,9 +101,11 @@ def quantized(scheme: Scheme, record: Record | None = None) -> Pairs:
     kept = ["lm_head", "embeddings", "norms", *excluded]
     moved = [("Dynamic inputs", f"{', '.join(dynamic)}: {_INPUTS['dynamic']}")] if dynamic else []
     rounded = [("Codes", _ROUNDING[record.scheme.rounding])] if record else []
+    turned = [("Axes", _ROTATED)] if record and record.rotation else []
     return [
         ("Weights", f"FP8 (E4M3), symmetric, {_WEIGHTS[scheme.weights]}{shared}"),
         *rounded,
+        *turned,
         ("Activations", f"inputs of the same linear layers: {_INPUTS[scheme.inputs]}"),
         *moved,
         ("KV cache", _KV_CACHE[scheme.kv_cache]),
@@ -145,7 +151,12 @@ def _budget(budget: BudgetRecord | None) -> Pairs:
 
 
 def _again(results: Results) -> list[Snippet]:
-    made = [make_again(results.record, results.edition.name)] if results.record else []
+    made = []
+    if (record := results.record) is not None:
+        if record.rotation is not None:
+            original = results.edition.base_model
+            made.append(rotate_again(record.rotation, original, record.base_model))
+        made.append(make_again(record, results.edition.name))
     measured = [Snippet("Measure", "sh", "\n".join(results.commands))] if results.commands else []
     return made + measured
 
