@@ -53,9 +53,11 @@ ROTATED = {
     name.replace("Octavo,", "Octavo, rotated,"): scheme for name, scheme in AS_STORED.items()
 }
 OURS = AS_STORED | ROTATED
+# The rotated model itself, not quantized: what rounding its weights to BF16 once more takes.
+UNQUANTIZED = "rotated, BF16"
 # What is tuned here, since there are no golden files of it.
 AUTOROUND = "auto-round-0.16.1"
-NAMES = [*TOOLS, AUTOROUND, *OURS]
+NAMES = [*TOOLS, AUTOROUND, *OURS, UNQUANTIZED]
 
 # vLLM's context is as long as a window, and it generates one token more.
 _VLLM_WINDOWS, _VLLM_SEQ_LEN = 8, 2047
@@ -77,17 +79,19 @@ def tuned_by_autoround(tokens: Path, iterations: int) -> Path:
 
 def make(name: str, golden: Path, tokens: Path, output: Path) -> dict[str, Any]:
     """Make an edition that does not take hours; what is to be said of that. The scorer's reference is always the original."""
-    if name not in OURS:
+    if name not in OURS and name != UNQUANTIZED:
         rebuild(name, sample_model(), golden, output)
         return {}
     begin = time.perf_counter()
     calibration, model, found = Calibration(source=str(tokens)), sample_model(), {}
-    if name in ROTATED:
-        model = tokens.parent / "rotated"
+    if name not in AS_STORED:
+        model = output if name == UNQUANTIZED else tokens.parent / "rotated"
         found["noise"] = rotate(
             sample_model(), model, calibration=calibration, overwrite=True
         ).noise
         found["rotating_seconds"] = time.perf_counter() - begin
+        if name == UNQUANTIZED:
+            return found
     scheme = scheme_called("fp8", **OURS[name])
     quantize(model, output, scheme=scheme, calibration=calibration)
     return {**found, "seconds": time.perf_counter() - begin}

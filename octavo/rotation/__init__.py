@@ -7,7 +7,7 @@ other: hidden states may be rotated (RMSNorm allows no more), and each head's va
 """
 
 from octavo.rotation.basis import Rotation, blocks_of
-from octavo.rotation.learning import Learned, learn_rotation
+from octavo.rotation.learning import Learned, learn_rotation, mean_noise
 from octavo.rotation.rewriting import Axes, Rewriting
 from octavo.rotation.surveying import Survey, survey
 from octavo.rotation.values import value_axes
@@ -20,6 +20,7 @@ __all__ = [
     "Survey",
     "blocks_of",
     "learn_rotation",
+    "mean_noise",
     "survey",
     "value_axes",
 ]

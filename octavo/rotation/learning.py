@@ -6,7 +6,6 @@ With R = (I + K)⁻¹ (I - K), K = S - Sᵀ (Cayley), every S is a rotation; Ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -70,10 +69,16 @@ def learn_rotation(moments: Moments, order: Tensor) -> Learned:
             adam.step()
     with torch.no_grad():
         blocks = _cayley(angles.double()).float()
-        noise = _mean([_noise(blocks, *moments[index]).item() for index in range(len(moments))])
+        noise = mean_noise(blocks, moments)
     if not noise < 1:
         return Learned(Rotation(order, torch.eye(first.shape[-1]).to(first).expand_as(first)), 1.0)
     return Learned(Rotation(order, blocks), noise)
+
+
+def mean_noise(blocks: Tensor, moments: Moments) -> float:
+    """The noise in the axes that ``blocks`` turn to, as a share of that in the model's own: the mean over norms."""
+    noises = [_noise(blocks, *moments[index]).item() for index in range(len(moments))]
+    return sum(noises) / len(noises)
 
 
 def _cayley(angles: Tensor) -> Tensor:
@@ -87,7 +92,3 @@ def _noise(blocks: Tensor, inputs: Tensor, weights: Tensor) -> Tensor:
     """The sum over channels of the inputs' power times that of the columns that meet them."""
     powers, columns = (((blocks @ one) * blocks).sum(-1) for one in (inputs, weights))
     return (powers * columns).sum()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
