@@ -160,7 +160,7 @@ def _survey(
     ):
         stream.embed(tokens)
         return survey(
-            decoder, stream, work.directory, lambda done: on_progress("surveying", done, layers)
+            decoder, stream, work.place, lambda done: on_progress("surveying", done, layers)
         )
 
 

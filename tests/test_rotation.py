@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,15 @@ from octavo import Calibration, OctavoError, quantize, rotate, verify
 from octavo.cli import app
 from octavo.reporting.card import model_card
 from octavo.reporting.record import RotationRecord, read_record
-from octavo.rotation import basis, blocks_of, learn_rotation, rewriting, surveying, value_axes
+from octavo.rotation import (
+    basis,
+    blocks_of,
+    learn_rotation,
+    learning,
+    rewriting,
+    surveying,
+    value_axes,
+)
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,6 +44,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"attention_bias": True}),
 }
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer and larger steps: tiny models need no more."""
+    monkeypatch.setattr(learning, "_STEPS", 12)
+    monkeypatch.setattr(learning, "_RATE", 2e-2)
 
 
 @pytest.fixture
@@ -262,6 +280,25 @@ class TestRefused:
     ) -> None:
         monkeypatch.setattr(surveying, "WRITERS", surveying.WRITERS[:1])
         assert "'model.layers.0.mlp.down_proj.weight'" in refused(tiny_llama)
+
+    @pytest.mark.parametrize("number", [1, 2, 3, 4])
+    def test_a_full_disk(
+        self,
+        number: int,
+        tiny_llama: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        refused: Callable[[Path], str],
+    ) -> None:
+        """The shard, both files of hidden states, and that of moments."""
+        reserve, calls = os.posix_fallocate, itertools.count(1)
+
+        def no_space(*place: int) -> None:
+            if next(calls) == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            reserve(*place)
+
+        monkeypatch.setattr(os, "posix_fallocate", no_space)
+        assert "is full" in refused(tiny_llama)
 
     def test_an_output_that_exists(self, tiny_llama: Path, tmp_path: Path, ids: Path) -> None:
         (tmp_path / "out").mkdir()

@@ -3,6 +3,7 @@ that read them. One pass over the decoder layers, one of them in memory."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from octavo.calibration import CalibrationStream
 from octavo.canonical import finite_amax
+from octavo.checkpoint.disk import explained
+from octavo.checkpoint.writer import Place
 from octavo.decoder import Decoder
 from octavo.errors import OctavoError
 from octavo.rotation.basis import blocks_of
@@ -46,17 +49,31 @@ class Survey(NamedTuple):
 class MomentFile:
     """Second moments of all norms, in a file: of a large model they are gigabytes."""
 
-    def __init__(self, path: Path, norms: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, target: Path, norms: int, width: int, device: torch.device
+    ) -> None:
         """
         Args:
             path: the file; it is created.
+            target: the output it is for, named in errors.
             norms: how many.
             width: channels of the hidden states.
             device: where they are wanted.
+
+        Raises:
+            WriteError: the space is not there.
         """
         size = blocks_of(width)
         shape = (norms, 2, width // size, size, size)
         count = 2 * norms * width * size
+        nbytes = count * torch.float32.itemsize
+        with explained(target, nbytes):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                # Where a mapped file has no room, writing to it ends the process.
+                os.posix_fallocate(descriptor, 0, nbytes)
+            finally:
+                os.close(descriptor)
         self._device = device
         self._data = torch.from_file(str(path), shared=True, size=count).view(shape)
 
@@ -75,7 +92,7 @@ class MomentFile:
 def survey(
     decoder: Decoder,
     stream: CalibrationStream,
-    directory: Path,
+    place: Place,
     on_layer: Callable[[int], None] = lambda _: None,
 ) -> Survey:
     """Run the samples through the model.
@@ -83,16 +100,20 @@ def survey(
     Args:
         decoder: the model.
         stream: carries the samples, which are in front of the first layer.
-        directory: for the moments.
+        place: the output; the moments lie beside it.
         on_layer: called with the number of layers done.
 
     Raises:
-        OctavoError: a weight or an activation is NaN or infinite, or a layer has a tensor that this does not know.
+        OctavoError: the space for moments is not there, a weight or an activation is NaN or infinite, or a layer has a tensor that this does not know.
     """
     order = _by_power(stream)
     count = len(decoder.layers)
     moments = MomentFile(
-        directory / "moments", count * len(READERS), decoder.config.hidden_size, decoder.device
+        place.edition.parent / "moments",
+        place.target,
+        count * len(READERS),
+        decoder.config.hidden_size,
+        decoder.device,
     )
     values = []
     for index in range(count):
