@@ -267,11 +267,13 @@ class TestRefused:
         quantize(tiny_llama, tmp_path / "fp8", calibration=Calibration(source=str(ids)))
         assert "already quantized" in refused(tmp_path / "fp8")
 
-    @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+    @pytest.mark.parametrize(
+        "name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"]
+    )
     def test_a_nan(self, name: str, tmp_path: Path, refused: Callable[[Path], str]) -> None:
         model = tiny.build("llama", tmp_path / "model")
         tensors = load_file(model / "model.safetensors")
-        tensors[name][3, 3] = torch.nan
+        tensors[name].view(-1)[3] = torch.nan
         save_file(tensors, model / "model.safetensors", {"format": "pt"})
         assert name in refused(model)
 

@@ -74,6 +74,7 @@ class Rewriting:
         decoder, checkpoint = self._decoder, self._decoder.checkpoint
         norm, embedding, head = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
         gain = checkpoint.read(norm)
+        finite_amax(norm, gain)
         self._strips(embedding, embedding, None)
         yield embedding
         self._strips(decoder.head_name, head, gain)
