@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from octavo.checkpoint import CheckpointWriter
+from octavo.checkpoint import Checkpoint, CheckpointWriter
 from octavo.edition import Edition
 
 # Small files that belong to a checkpoint, whatever the format of its weights.
@@ -39,7 +39,7 @@ def carry_files(source: Path, writer: CheckpointWriter) -> None:
             writer.copy(source / file)
 
 
-def meta(source: Edition, name: str) -> Tensor:
+def meta(source: Edition | Checkpoint, name: str) -> Tensor:
     """The tensor ``name`` on the meta device."""
     info = source[name]
     return torch.empty(info.shape, dtype=info.dtype, device="meta")

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         *("formats", "memory", "preflight", "scheme", "transfer"),
     },
     "reconstruction": {"attention", "calibration", "fp8", "linear", "rounding"},
-    "rotation": {"errors", "calibration", "canonical", "checkpoint", "decoder"},
+    "rotation": {"errors", "calibration", "canonical", "checkpoint", "decoder", "transfer"},
     "rotating": {
         *("calibration", "checkpoint", "decoder", "edition", "preflight", "rotation", "stopwatch"),
         *("threads", "transfer", "version"),

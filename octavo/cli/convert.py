@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from octavo.allocator import quick_imports
+from octavo.cli.options import AsJson, Overwrite, Quiet, ShardSize
 from octavo.cli.program import command, say
 from octavo.console import CountProgress, results_table, size_change, stdout
 from octavo.formats import FORMATS
@@ -42,12 +43,10 @@ def convert(
         Path | None,
         typer.Option(help="The original model's config.json, where the source has none."),
     ] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output if it exists.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write an FP8 edition in another dialect, codes untouched, or back as a plain checkpoint."""
     with CountProgress("converting", quiet=quiet) as progress:

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from octavo.allocator import quick_imports
+from octavo.cli.options import AsJson, Quiet, Seed, SeqLen, ShardSize, TextField
 from octavo.cli.program import command, say
 from octavo.console import LayerProgress, results_table, size_change, stderr, stdout
 from octavo.errors import OctavoError
@@ -66,18 +67,13 @@ def quantize(
             "or .npy file. Not read where the scheme has no static scales of activations."
         ),
     ] = "builtin",
-    text_field: Annotated[
-        str, typer.Option(help="Field or column with the text, in .jsonl and .parquet.")
-    ] = "text",
+    text_field: TextField = "text",
     samples: Annotated[
         int | None,
         typer.Option(min=1, help="Calibration sequences; 128 unless the .npy file has its own."),
     ] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens in each; 512 unless the .npy file has its own."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of samples.")] = 0,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
     exclude: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Keep matching modules in their dtype. Repeatable."),
@@ -122,7 +118,7 @@ def quantize(
         typer.Option(help="Text that these are measured on, not calibration's: see eval --data."),
     ] = "builtin",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+    shard_size: ShardSize = "5GB",
     max_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="What the process may take, such as 3GiB, at any time."),
@@ -149,8 +145,8 @@ def quantize(
             "--overwrite", help="Replace the output, or an interrupted run, if there is one."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the FP8 edition of a checkpoint."""
     limited = max_kl is not None or max_perplexity_increase is not None

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from octavo.allocator import quick_imports
+from octavo.cli.options import AsJson, Overwrite, Quiet, Seed, SeqLen, ShardSize, TextField
 from octavo.cli.program import command, say
 from octavo.console import CountProgress, results_table, size_change, stdout
 from octavo.units import format_bytes, parse_bytes
@@ -25,25 +26,18 @@ def rotate(
     calib: Annotated[
         str, typer.Option(help="Calibration data, as for octavo quantize.")
     ] = "builtin",
-    text_field: Annotated[
-        str, typer.Option(help="Field or column with the text, in .jsonl and .parquet.")
-    ] = "text",
+    text_field: TextField = "text",
     samples: Annotated[
         int | None,
         typer.Option(min=1, help="Calibration sequences; 32 unless the .npy file has its own."),
     ] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens in each; 512 unless the .npy file has its own."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw of samples.")] = 0,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output if it exists.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the same model in axes in which FP8 loses less: an ordinary checkpoint, to be quantized."""
     with CountProgress("surveying", quiet=quiet) as progress:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from octavo.allocator import quick_imports
+from octavo.cli.options import AsJson, Overwrite, Quiet, ShardSize
 from octavo.cli.program import command
 from octavo.console import CountProgress, results_table, stdout
 from octavo.units import format_bytes, parse_bytes
@@ -40,18 +41,16 @@ def synth(
         int | None, typer.Option(min=1, help="Decoder layers; all of the model's by default.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
-    shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output if it exists.")
-    ] = False,
+    shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
     list_shapes: Annotated[
         bool,
         typer.Option(
             "--list", callback=_list_shapes, is_eager=True, help="List the known models and exit."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a checkpoint of random weights in the exact shape of a known model."""
     with CountProgress("generating", quiet=quiet) as progress:

@@ -13,6 +13,7 @@ from octavo.checkpoint import CheckpointWriter
 from octavo.decoder import Decoder
 from octavo.rotation.basis import Rotation
 from octavo.rotation.surveying import OUTPUTS, READERS, VALUES, WRITERS
+from octavo.transfer import meta
 
 # Elements of a matrix's rows that are turned at a time.
 _STRIP = 1 << 22
@@ -49,10 +50,7 @@ class Rewriting:
     def layout(decoder: Decoder) -> dict[str, Tensor]:
         """What will be written, as meta tensors."""
         checkpoint = decoder.checkpoint
-        layout = {
-            name: torch.empty(checkpoint[name].shape, dtype=checkpoint[name].dtype, device="meta")
-            for name in checkpoint
-        }
+        layout = {name: meta(checkpoint, name) for name in checkpoint}
         layout["lm_head.weight"] = layout[decoder.head_name]
         return layout
 

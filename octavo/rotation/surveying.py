@@ -104,10 +104,13 @@ def survey(
         on_layer: called with the number of layers done.
 
     Raises:
-        OctavoError: the space for moments is not there, a weight or an activation is NaN or infinite, or a layer has a tensor that this does not know.
+        OctavoError: the space for moments is not there, a weight or an activation is NaN or infinite, or a layer has a
+            tensor that this does not know.
     """
-    order = _by_power(stream)
     count = len(decoder.layers)
+    for index in range(count):
+        _check_known(decoder, index)
+    order = _by_power(stream)
     moments = MomentFile(
         place.edition.parent / "moments",
         place.target,
@@ -117,7 +120,6 @@ def survey(
     )
     values = []
     for index in range(count):
-        check_known(decoder, index)
         tensors = {name: decoder.checkpoint.read(name) for name in decoder.tensor_names(index)}
         for name, tensor in tensors.items():
             finite_amax(name, tensor)
@@ -129,7 +131,7 @@ def survey(
     return Survey(order, moments, values)
 
 
-def check_known(decoder: Decoder, index: int) -> None:
+def _check_known(decoder: Decoder, index: int) -> None:
     """Raise if a decoder layer has tensors of which it is not known how they meet the hidden states."""
     linears = [name for group in READERS.values() for name in group] + list(WRITERS)
     known = {f"{name}.{kind}" for name in linears for kind in ("weight", "bias")}
