@@ -22,10 +22,10 @@ demo: .venv/ready
 	@for edition in bf16 fp8; do echo "$$edition:"; \
 		$(BIN)/octavo generate .cache/demo/smollm2-$$edition "The capital of France is" --max-tokens 24; done
 
-# Stages that leave cores idle run two at a time, their output one behind the other.
-test: lint test-fast test-real
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target \
-		test-vllm test-cluster test-faults test-peers test-browser test-lm-eval test-triton
+# Stages that leave cores idle run three at a time, the longest first, their output one behind the other.
+test: lint test-fast
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target \
+		test-vllm test-real test-cluster test-faults test-peers test-browser test-lm-eval test-triton
 
 lint: .venv/ready
 	$(BIN)/ruff format --check --quiet .

@@ -94,6 +94,25 @@ def test_it_computes_what_it_did(
     assert found.tokens == 256
 
 
+def test_wide_blocks_and_heads_are_inverted_on_several_threads(
+    tmp_path: Path, ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(basis, "_WIDEST", 192)
+    wide = {"hidden_size": 384, "head_dim": 192}
+    model = tiny.build("llama", tmp_path / "model", dtype=torch.float32, **wide)
+    threads = torch.get_num_threads()
+    # Where PyTorch's number of threads was ever set, MKL finds wrong pivots of matrices as large as these in batches.
+    torch.set_num_threads(2)
+    try:
+        rotated(model, tmp_path / "out", ids)
+    finally:
+        torch.set_num_threads(threads)
+    tokens = torch.arange(96).view(2, 48)
+    with torch.no_grad():
+        expected, given = (whole(one)(tokens).logits for one in (model, tmp_path / "out"))
+    assert (given - expected).norm() < 2e-5 * expected.norm()
+
+
 def test_the_noise_is_what_a_float64_model_says(tmp_path: Path, ids: Path) -> None:
     model = tiny.build("llama", tmp_path / "model", dtype=torch.float32)
     found = rotated(model, tmp_path / "out", ids)

@@ -17,6 +17,12 @@ def blocks_of(width: int) -> int:
     return next(size for size in range(min(width, _WIDEST), 0, -1) if width % size == 0)
 
 
+def inverses(matrices: Tensor) -> Tensor:
+    """Of each of ``[count, size, size]``."""
+    # One at a time: of several, PyTorch gives threads one each, and MKL then finds wrong pivots (PyTorch issues 141358, 142815).
+    return torch.stack([torch.linalg.inv(one) for one in matrices])
+
+
 class Rotation(NamedTuple):
     """An orthogonal matrix Q.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.canonical import finite_amax
 from octavo.checkpoint import CheckpointWriter
 from octavo.decoder import Decoder
-from octavo.rotation.basis import Rotation
+from octavo.rotation.basis import Rotation, inverses
 from octavo.rotation.surveying import OUTPUTS, READERS, VALUES, WRITERS
 from octavo.transfer import meta
 
@@ -140,7 +140,7 @@ class Rewriting:
         if kind == "bias":
             return tensor
         # Of the queries' heads, of which several read the same values.
-        back = torch.linalg.inv(axes).mT.float()
+        back = inverses(axes).mT.float()
         group = tensor.shape[1] // axes.shape[1] // len(axes)
         return _multiplied(back.repeat_interleave(group, dim=0), tensor.T).T
 
