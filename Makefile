@@ -22,9 +22,10 @@ demo: .venv/ready
 	@for edition in bf16 fp8; do echo "$$edition:"; \
 		$(BIN)/octavo generate .cache/demo/smollm2-$$edition "The capital of France is" --max-tokens 24; done
 
-# Stages that leave cores idle run three at a time, the longest first, their output one behind the other.
+# Stages that need little more than a core run two at a time, the longest first, their output one behind the
+# other. More threads than cores would only be in each other's way.
 test: lint test-fast
-	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target \
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 --output-sync=target \
 		test-vllm test-real test-cluster test-faults test-peers test-browser test-lm-eval test-triton
 
 lint: .venv/ready

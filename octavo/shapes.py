@@ -189,6 +189,16 @@ SHAPES: Mapping[str, dict[str, Any]] = {
         "pad_token_id": 2,
         "rope_theta": 130000,
     },
+    "tinyllama-1.1b": _LLAMA
+    | _size(2048, 5632, layers=22, heads=32, kv_heads=4)
+    | {
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "vocab_size": 32000,
+    },
 }
 """For each name, in the order they are listed: the content of ``config.json``."""
 

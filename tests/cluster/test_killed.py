@@ -72,7 +72,7 @@ def test_a_worker_killed_while_the_next_still_needs_it_then_both(
         Fault(1, "pwritev", "hidden-1", 3, "when the first is done"),
         Fault(1, "pwritev", "hidden-1", 15, "until both are killed"),
     )
-    journal = watch.target.parent / f".{watch.target.name}.octavo" / "stage-0" / "journal"
+    journal = watch.kept / "stage-0" / "journal"
 
     def kill() -> None:
         wait_until(lambda: journal.exists() and journal.read_text().count('"layer"') == 3)
@@ -180,7 +180,7 @@ def test_a_driver_killed_terminated_and_resumed(
         spread(watch.target, workers=3, resume=True)
 
     # As if a worker of the first driver lived on: the new one waits.
-    lock = (watch.target.parent / f".{watch.target.name}.octavo" / "stage-0.lock").open("r+")
+    lock = (watch.kept / "stage-0.lock").open("r+")
     fcntl.flock(lock, fcntl.LOCK_EX)
     with program(models, watch.target, *address, "--resume") as second:
         wait_until(lambda: len(watch.processes(0)) == 2)
@@ -206,7 +206,9 @@ def test_a_cluster_of_its_own_ends_with_an_interrupted_driver(
 ) -> None:
     watch.arrange(Fault(0, "pwritev", "hidden-0", BATCHES + 5, "never"))
     with program(models, watch.target) as started:
-        wait_until(lambda: 0 in watch.struck())
+        # The first layer is written beside the second pass.
+        journal = watch.kept / "stage-0" / "journal"
+        wait_until(lambda: 0 in watch.struck() and '"layer"' in journal.read_text())
         members = [int(pid) for pid in os.listdir("/proc") if pid.isdecimal()]
         ours = [pid for pid in members if session(pid) == started.process.pid]
         assert len(ours) > 4  # the driver, Ray's own processes, and the workers

@@ -76,6 +76,11 @@ class Watch:
         self.directory = Path(os.environ[VARIABLE]) / target.name
         self.directory.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def kept(self) -> Path:
+        """Where a run keeps what it has finished."""
+        return self.target.parent / f".{self.target.name}.octavo"
+
     def arrange(self, *faults: Fault) -> None:
         """Choose what happens, before the run begins."""
         (self.directory / "faults").write_text(json.dumps(faults))

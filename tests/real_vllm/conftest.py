@@ -92,7 +92,8 @@ def vllm() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            # One thread: more would spin, in the way of the stages that run beside this one.
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": str(len(os.sched_getaffinity(0)) - 1),
             "VLLM_NO_USAGE_STATS": "1",
             # The scheduler in this process: one less to start. The model has one of its own.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
