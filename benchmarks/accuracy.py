@@ -3,16 +3,17 @@
 ModelOpt's, Quark's and llm-compressor's editions are put together from golden files (scales, and hashes of codes), which
 were made on the same calibration tokens as Octavo's are here; auto-round's is tuned on them, in an environment of its own,
 which takes hours on two cores. All are static per-tensor FP8 with an FP8 KV cache. One scorer reads them all: KL from the
-BF16 model and perplexity, on WikiText-2's test text, whose validation text they are calibrated on, and on another text.
-With ``--vllm``, vLLM reads them too.
+BF16 model and perplexity, on WikiText-2's test text, whose validation text they are calibrated on, on the built-in evaluation text and
+on exam questions. With ``--vllm``, vLLM reads them too.
 
-Usage: python -m benchmarks.accuracy GOLDEN WIKI.test.raw [--windows 16] [--vllm PYTHON] [--only NAME …]
+Usage: python -m benchmarks.accuracy GOLDEN WIKI.test.raw MMLU_DIR [--windows 16] [--vllm PYTHON] [--only NAME …]
        [--autoround-iterations 200]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,31 +29,49 @@ from benchmarks.common import CACHE, RESULTS, ROOT, machine, sample_model, save
 from benchmarks.environments import PEER_SCRIPTS, peer_python, variables
 from octavo import Calibration, quantize, rotate
 from octavo.allocator import keep_freed_memory
-from octavo.evaluation import evaluate
+from octavo.calibration import load_tokens
+from octavo.checkpoint import read_json
+from octavo.evaluation import evaluate, load_subjects
+from octavo.evaluation.questions import LETTERS
 from octavo.scheme import scheme_called
 
 sys.path.insert(0, str(ROOT / "tests"))
 from golden import TOOLS, rebuild
 
-# What Octavo's editions differ in: schemes.
-AS_STORED: dict[str, dict[str, Any]] = {
-    "Octavo, nearest": {},
-    "Octavo, nearest, scales by MSE": {"scales": "mse"},
-    "Octavo, GPTQ": {"rounding": "gptq"},
-    "Octavo, GPTQ, scales by MSE": {"rounding": "gptq", "scales": "mse"},
-    "Octavo, learned, scales by MSE": {"rounding": "learned", "scales": "mse"},
+SCHEMES: dict[str, dict[str, Any]] = {
+    "nearest": {},
+    "nearest, scales by MSE": {"scales": "mse"},
+    "GPTQ": {"rounding": "gptq"},
+    "GPTQ, scales by MSE": {"rounding": "gptq", "scales": "mse"},
+    "learned, scales by MSE": {"rounding": "learned", "scales": "mse"},
     # vLLM rounds q/k/v and gate/up again where each has a scale of its own.
-    "Octavo, GPTQ, scales by MSE, merged": {
-        "rounding": "gptq",
-        "scales": "mse",
-        "merge_scales": True,
-    },
+    "GPTQ, scales by MSE, merged": {"rounding": "gptq", "scales": "mse", "merge_scales": True},
 }
-# The same of what `octavo rotate` makes of the model, on the same tokens.
-ROTATED = {
-    name.replace("Octavo,", "Octavo, rotated,"): scheme for name, scheme in AS_STORED.items()
+
+
+class Ours(NamedTuple):
+    """An edition of Octavo's.
+
+    Attributes:
+        scheme: what it differs in from the default.
+        rotated: made of what `octavo rotate` makes of the model, on the same tokens.
+        two_texts: calibrated on as many tokens of the built-in text too.
+    """
+
+    scheme: dict[str, Any]
+    rotated: bool
+    two_texts: bool
+
+    @property
+    def maker(self) -> str:
+        return "Octavo" + ", rotated" * self.rotated + ", two texts" * self.two_texts
+
+
+OURS = {
+    f"{edition.maker}, {name}": edition
+    for name, scheme in SCHEMES.items()
+    for edition in (Ours(scheme, *ways) for ways in itertools.product((False, True), repeat=2))
 }
-OURS = AS_STORED | ROTATED
 # The rotated model itself, not quantized: what rounding its weights to BF16 once more takes.
 UNQUANTIZED = "rotated, BF16"
 # What is tuned here, since there are no golden files of it.
@@ -77,24 +96,55 @@ def tuned_by_autoround(tokens: Path, iterations: int) -> Path:
     return edition
 
 
-def make(name: str, golden: Path, tokens: Path, output: Path) -> dict[str, Any]:
+def make(name: str, golden: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     """Make an edition that does not take hours; what is to be said of that. The scorer's reference is always the original."""
+    output = folder / name.replace(" ", "-").replace(",", "")
     if name not in OURS and name != UNQUANTIZED:
         rebuild(name, sample_model(), golden, output)
-        return {}
+        return output, {}
     begin = time.perf_counter()
-    calibration, model, found = Calibration(source=str(tokens)), sample_model(), {}
-    if name not in AS_STORED:
-        model = output if name == UNQUANTIZED else tokens.parent / "rotated"
-        found["noise"] = rotate(
-            sample_model(), model, calibration=calibration, overwrite=True
-        ).noise
-        found["rotating_seconds"] = time.perf_counter() - begin
-        if name == UNQUANTIZED:
-            return found
-    scheme = scheme_called("fp8", **OURS[name])
-    quantize(model, output, scheme=scheme, calibration=calibration)
-    return {**found, "seconds": time.perf_counter() - begin}
+    edition = OURS.get(name, Ours({}, rotated=True, two_texts=False))
+    calibration = Calibration(source=str(calibration_tokens(golden, folder, edition.two_texts)))
+    model, found = sample_model(), {}
+    if edition.rotated:
+        model = output if name == UNQUANTIZED else folder / "rotated"
+        rotated = rotate(sample_model(), model, calibration=calibration, overwrite=True)
+        found = {"noise": rotated.noise, "rotating_seconds": time.perf_counter() - begin}
+    if name != UNQUANTIZED:
+        scheme = scheme_called("fp8", **edition.scheme)
+        quantize(model, output, scheme=scheme, calibration=calibration)
+        found["seconds"] = time.perf_counter() - begin
+    return output, found
+
+
+def calibration_tokens(golden: Path, folder: Path, two_texts: bool = False) -> Path:
+    """The golden tokens; with ``two_texts`` each sample before one of the built-in text."""
+    samples = np.load(golden / "calib_tokens.npy").astype(np.int64)
+    if two_texts:
+        count, seq_len = samples.shape
+        config = read_json(sample_model() / "config.json")
+        builtin = load_tokens(
+            Calibration(samples=count, seq_len=seq_len),
+            sample_model(),
+            vocab_size=config["vocab_size"],
+            max_positions=config["max_position_embeddings"],
+        )
+        samples = np.stack([samples, builtin.numpy()], axis=1).reshape(-1, seq_len)
+    path = folder / f"{len(samples)}.npy"
+    np.save(path, samples)
+    return path
+
+
+def exam_questions(mmlu: Path, path: Path) -> Path:
+    """The first eight questions of each of MMLU's subjects and their choices, without the answers: a text of a third kind."""
+    parts = []
+    for subject in load_subjects(mmlu, shots=0, limit=8):
+        for question in subject.questions:
+            choices = zip(LETTERS, question.choices, strict=True)
+            lines = [question.text, *(f"{letter}. {choice}" for letter, choice in choices)]
+            parts.append("\n".join(lines))
+    path.write_text("\n\n".join(parts))
+    return path
 
 
 def score(edition: Path, data: str, windows: int) -> dict[str, Any]:
@@ -126,31 +176,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("golden", type=Path, help="the golden files")
     parser.add_argument("test", type=Path, help="WikiText-2's test text")
+    parser.add_argument("mmlu", type=Path, help="MMLU's folder")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--vllm", type=Path, help="the Python of an environment with vLLM")
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--autoround-iterations", type=int, default=200, help="its own default")
     options = parser.parse_args()
     keep_freed_memory()
-    texts = {"wikitext-2 test": str(options.test), "builtin": "builtin"}
     result: dict[str, Any] = {"editions": {}}
     if (RESULTS / "accuracy.json").exists():
         result = json.loads((RESULTS / "accuracy.json").read_text())
     result |= {"machine": machine(), "windows": options.windows, "calibration": "golden"}
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        tokens = Path(scratch) / "tokens.npy"
-        np.save(tokens, np.load(options.golden / "calib_tokens.npy").astype(np.int64))
+        folder = Path(scratch)
+        texts = {
+            "wikitext-2 test": str(options.test),
+            "builtin": "builtin",
+            "exam questions": str(exam_questions(options.mmlu, folder / "questions.txt")),
+        }
         if options.vllm:
             result["vllm, BF16"] = score_in_vllm(options.vllm, sample_model(), options.test)
         for name in options.only:
-            edition = Path(scratch) / name.replace(" ", "-").replace(",", "")
             # Editions are scored in several runs, which need not be on one machine.
             found: dict[str, Any] = {"cpu": machine()["cpu"]}
             if name == AUTOROUND:
                 found["iterations"] = options.autoround_iterations
+                tokens = calibration_tokens(options.golden, folder)
                 edition = tuned_by_autoround(tokens, options.autoround_iterations)
             else:
-                found |= make(name, options.golden, tokens, edition)
+                edition, made = make(name, options.golden, folder)
+                found |= made
             scores = {text: score(edition, data, options.windows) for text, data in texts.items()}
             found |= scores
             kls = ", ".join(f"{text}: KL {one['kl']:.5f}" for text, one in scores.items())
@@ -158,7 +213,7 @@ def main() -> None:
                 found["vllm"] = score_in_vllm(options.vllm, edition, options.test)
                 kls += f", vLLM {found['vllm']['perplexity']:.3f}"
             print(f"{name}: {kls}", flush=True)
-            result["editions"][name] = found
+            result["editions"][name] = result["editions"].get(name, {}) | found
             save("accuracy", result)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from octavo.rotating import rotate
     from octavo.sample import sample_model
     from octavo.scheme import Scheme
+    from octavo.self_calibration import write_calibration
     from octavo.serving import serve
     from octavo.synthesis import synth
     from octavo.verification import verify
@@ -56,6 +57,7 @@ _HOMES = {
     "serve": "octavo.serving",
     "synth": "octavo.synthesis",
     "verify": "octavo.verification",
+    "write_calibration": "octavo.self_calibration",
 }
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "serve",
     "synth",
     "verify",
+    "write_calibration",
 ]
 
 

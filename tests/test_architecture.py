@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": {"errors"},
     "units": {"errors"},
+    "files": set(),
     "stopwatch": {"errors"},
     "allocator": {"errors"},
     "fp8": {"kernels", "scheme"},
@@ -129,7 +130,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors", "checkpoint", "calibration", "engines", "tokenizer", "version"},
     "serving": {"checkpoint", "servers"},
     "servers": {"errors", "checkpoint", "edition", "formats", "scheme"},
-    "reporting": {"errors", "checkpoint", "scheme", "servers", "units", "version"},
+    "reporting": {"errors", "checkpoint", "files", "scheme", "servers", "units", "version"},
     "inspection": {
         "errors",
         "alignment",
@@ -173,7 +174,7 @@ ALLOWED: dict[str, set[str]] = {
             "version",
         ),
     },
-    "throughput": {"errors", "reporting"},
+    "throughput": {"errors", "files", "reporting"},
     "benchmarking": {"checkpoint", "errors", "servers", "throughput", "version"},
     "detokenizing": set(),
     "generation": {"errors", "checkpoint"},
@@ -181,6 +182,9 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "checkpoint", "detokenizing", "engines", "generation", "tokenizer"),
     },
     "conversation": {"completion", "tokenizer"},
+    "self_calibration": {
+        *("errors", "calibration", "checkpoint", "engines", "files", "stopwatch", "tokenizer"),
+    },
     "api": {
         *("errors", "allocator", "checkpoint", "detokenizing", "edition", "engines", "generation"),
         *("tokenizer", "units", "version"),
@@ -195,7 +199,7 @@ ALLOWED: dict[str, set[str]] = {
         *("cli", "console", "engines", "evaluation", "publishing", "reporting"),
         *("throughput", "benchmarking", "servers", "serving", "inspection", "verification"),
         *("analysis", "api", "completion", "conversation", "planning", "devices", "shapes"),
-        *("synthesis", "rotation", "rotating"),
+        *("synthesis", "rotation", "rotating", "self_calibration"),
     },
 }
 

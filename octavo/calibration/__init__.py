@@ -9,7 +9,7 @@ from octavo.calibration.stream import (
     Examples,
     batches_at_once,
 )
-from octavo.calibration.tokens import Calibration, load_tokens
+from octavo.calibration.tokens import Calibration, check_length, load_tokens
 
 __all__ = [
     "BATCH_TOKENS",
@@ -22,5 +22,6 @@ __all__ = [
     "HiddenStates",
     "batch_sizes",
     "batches_at_once",
+    "check_length",
     "load_tokens",
 ]

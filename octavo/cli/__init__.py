@@ -13,6 +13,7 @@ from octavo.cli import (
     rotate,
     serve,
     synth,
+    write_calibration,
 )
 from octavo.cli.program import app, main
 
@@ -31,4 +32,5 @@ __all__ = [
     "rotate",
     "serve",
     "synth",
+    "write_calibration",
 ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from octavo.errors import OctavoError
+from octavo.files import write_whole
 from octavo.reporting.card import model_card
 from octavo.reporting.results import Results
 
@@ -75,14 +75,3 @@ def write_report(results: Results, output: Path, *, overwrite: bool = False) -> 
     for path, content in zip(paths, contents, strict=True):
         write_whole(path, content.encode())
     return paths
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Under a temporary name first, so that a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from octavo.errors import OctavoError
-from octavo.reporting.writing import refuse_existing, write_whole
+from octavo.files import write_whole
+from octavo.reporting.writing import refuse_existing
 from octavo.throughput.results import BenchResults
 
 FILES = ("results.json", "throughput.png", "throughput.svg")
