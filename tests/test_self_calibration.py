@@ -51,6 +51,10 @@ def test_tokens_are_drawn_from_the_models_distribution(model: Path, tmp_path: Pa
     variance = (logprobs.exp() * logprobs.square()).sum(-1) - entropy.square()
     deviations = (surprise - entropy).sum() / variance.sum().sqrt()
     assert abs(deviations) < 4
+    # Samples do not draw the same numbers, uniform ones: tokens lie at different places in their distributions.
+    places = logprobs.exp().cumsum(-1).gather(2, ids[:, 1:, None])[..., 0]
+    together = (places - places.mean()).mean(0) * (12 * len(ids)) ** 0.5
+    assert together.square().mean() < 2
     # The model is far enough from indifferent that tokens drawn evenly would be seen.
     evenly = (-logprobs.mean(-1) - entropy).sum() / variance.sum().sqrt()
     assert evenly > 20
@@ -73,8 +77,6 @@ def test_a_seed_gives_its_tokens(model: Path, tmp_path: Path) -> None:
     one, again, other = (np.load(tmp_path / f"{name}.npy") for name in ("one", "again", "other"))
     assert (one == again).all()
     assert (one != other).mean() > 0.5
-    # No two samples draw the same numbers.
-    assert len({tuple(row) for row in np.concatenate([one, other])[:, 1:].tolist()}) == 16
 
 
 def test_the_command_writes_what_quantize_reads(model: Path, tmp_path: Path) -> None:
