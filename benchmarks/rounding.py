@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.common import CACHE, RESULTS, machine, sample_model, save
 from benchmarks.qwen import qwen_model
-from octavo import Calibration, quantize
+from octavo import Calibration, quantize, write_calibration
 from octavo.allocator import keep_freed_memory
 from octavo.calibration import stream
 from octavo.evaluation import evaluate
@@ -43,7 +43,7 @@ class Variant(NamedTuple):
         rounding: of the scheme.
         scales: of the scheme.
         samples: of calibration, of 512 tokens.
-        on_wikitext: calibrate on WikiText-2's validation text instead of the built-in one.
+        text: what it is calibrated on: the built-in text, WikiText-2's validation text, or what the model writes itself.
         change: what else is different.
     """
 
@@ -51,7 +51,7 @@ class Variant(NamedTuple):
     rounding: str = "gptq"
     scales: str = "amax"
     samples: int = 128
-    on_wikitext: bool = False
+    text: str = "builtin"
     change: Callable[[], Any] | None = None
 
 
@@ -88,27 +88,31 @@ MODELS = {"smollm2": sample_model, "qwen2.5-coder-1.5b": qwen_model}
 VARIANTS = [
     Variant("nearest", "nearest"),
     Variant("gptq"),
-    Variant("nearest, on WikiText-2", "nearest", on_wikitext=True),
-    Variant("gptq, on WikiText-2", on_wikitext=True),
-    Variant("nearest, 32 samples", "nearest", samples=32, on_wikitext=True),
+    Variant("nearest, on WikiText-2", "nearest", text="wikitext"),
+    Variant("gptq, on WikiText-2", text="wikitext"),
+    Variant("nearest, 32 samples", "nearest", samples=32, text="wikitext"),
     Variant(
         "nearest, 32 samples, keys as stored",
         "nearest",
         samples=32,
-        on_wikitext=True,
+        text="wikitext",
         change=keys_as_stored,
     ),
-    Variant("gptq, 32 samples", samples=32, on_wikitext=True),
-    Variant("gptq, scales by MSE, 32 samples", scales="mse", samples=32, on_wikitext=True),
+    Variant("gptq, 32 samples", samples=32, text="wikitext"),
+    Variant("gptq, scales by MSE, 32 samples", scales="mse", samples=32, text="wikitext"),
     Variant(
-        "learned, scales by MSE, 32 samples", "learned", scales="mse", samples=32, on_wikitext=True
+        "learned, scales by MSE, 32 samples", "learned", scales="mse", samples=32, text="wikitext"
     ),
-    Variant("gptq, columns as stored", on_wikitext=True, change=order_of_columns),
+    Variant("nearest, 32 samples of its own text", "nearest", samples=32, text="own"),
     Variant(
-        "gptq, moments of 65,536 tokens", on_wikitext=True, change=partial(moment_tokens, 65536)
+        "gptq, scales by MSE, 32 samples of its own text", scales="mse", samples=32, text="own"
+    ),
+    Variant("gptq, columns as stored", text="wikitext", change=order_of_columns),
+    Variant(
+        "gptq, moments of 65,536 tokens", text="wikitext", change=partial(moment_tokens, 65536)
     ),
     *(
-        Variant(f"gptq, damping {value:g}", on_wikitext=True, change=partial(damping, value))
+        Variant(f"gptq, damping {value:g}", text="wikitext", change=partial(damping, value))
         for value in (0.0001, 0.001, 0.1)
     ),
 ]
@@ -119,8 +123,10 @@ def measure(
 ) -> dict[str, Any]:
     """Make one edition and score it."""
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        out = Path(scratch) / "out"
-        source = str(wikitext) if variant.on_wikitext else "builtin"
+        out, own = Path(scratch) / "out", Path(scratch) / "own.npy"
+        source = {"builtin": "builtin", "wikitext": str(wikitext), "own": str(own)}[variant.text]
+        if variant.text == "own":
+            write_calibration(model, own, samples=variant.samples)
         begin = time.perf_counter()
         with variant.change() if variant.change else patch.object(gptq, "DAMPING", gptq.DAMPING):
             quantize(

@@ -472,7 +472,8 @@ def _warnings(job: Job, calibration: Calibration, tokens: Tensor | None) -> list
     if job.scheme.rounding != "nearest" and calibration.source == BUILTIN:
         found.append(
             f"--rounding {job.scheme.rounding} chooses codes for the text it sees, and the built-in text is about Python "
-            "alone. Pass --calib with text like what the model will read."
+            "alone. Pass --calib with text like what the model will read, or with what the model writes itself "
+            "(octavo write-calibration)."
         )
     if job.scheme.weights == "block":
         linears = [module for plan in job.plans for module in plan.linears]
