@@ -53,23 +53,24 @@ class Ours(NamedTuple):
     Attributes:
         scheme: what it differs in from the default.
         rotated: made of what `octavo rotate` makes of the model, on the same tokens.
-        own_text: calibrated on what the model writes itself, instead of the golden tokens.
+        text: what it is calibrated on, besides or instead of the golden tokens: a key of ``TEXTS``.
     """
 
     scheme: dict[str, Any]
     rotated: bool = False
-    own_text: bool = False
+    text: str = ""
 
+
+# Golden samples, and samples that the model writes itself.
+TEXTS = {"": (128, 0), "own text": (0, 256), "both texts": (128, 128)}
 
 OURS = {
-    "Octavo" + ", rotated" * rotated + ", own text" * own_text + f", {name}": Ours(
-        scheme, rotated, own_text
+    ", ".join(filter(None, ["Octavo", "rotated" * rotated, text, name])): Ours(
+        scheme, rotated, text
     )
     for name, scheme in SCHEMES.items()
-    for rotated, own_text in itertools.product((False, True), repeat=2)
+    for rotated, text in itertools.product((False, True), TEXTS)
 }
-# Twice as many samples as the golden ones: what a model writes costs nobody anything.
-OWN_SAMPLES = 256
 # The rotated model itself, not quantized: what rounding its weights to BF16 once more takes.
 UNQUANTIZED = "rotated, BF16"
 # What is tuned here, since there are no golden files of it.
@@ -102,7 +103,7 @@ def make(name: str, golden: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
         return output, {}
     begin = time.perf_counter()
     edition = OURS.get(name, Ours({}, rotated=True))
-    calibration = Calibration(source=str(calibration_tokens(golden, folder, edition.own_text)))
+    calibration = Calibration(source=str(calibration_tokens(golden, folder, edition.text)))
     model, found = sample_model(), {}
     if edition.rotated:
         model = output if name == UNQUANTIZED else folder / "rotated"
@@ -115,15 +116,18 @@ def make(name: str, golden: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     return output, found
 
 
-def calibration_tokens(golden: Path, folder: Path, own_text: bool = False) -> Path:
-    """The file of the golden tokens, or of what the model writes itself, made once."""
-    path = folder / ("own.npy" if own_text else "golden.npy")
+def calibration_tokens(golden: Path, folder: Path, text: str = "") -> Path:
+    """The file of tokens for a text of ``TEXTS``, made once."""
+    path = folder / f"{text or 'golden'}.npy"
     if path.exists():
         return path
-    if own_text:
-        write_calibration(sample_model(), path, samples=OWN_SAMPLES)
-    else:
-        np.save(path, np.load(golden / "calib_tokens.npy").astype(np.int64))
+    given, own = TEXTS[text]
+    samples = np.load(golden / "calib_tokens.npy")[:given].astype(np.int64)
+    if own:
+        write_calibration(sample_model(), path, samples=own, overwrite=True)
+        # Mixed: learning takes samples in their order.
+        samples = np.random.default_rng(0).permutation(np.concatenate([samples, np.load(path)]))
+    np.save(path, samples)
     return path
 
 
